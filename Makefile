@@ -1,0 +1,30 @@
+PYTHON ?= python
+export PYTHONDONTWRITEBYTECODE ?= 1
+
+.PHONY: check test broker crash bench docs format
+
+check:  ## format, lint, types, import arrows, generated docs
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m mypy
+	$(PYTHON) -m pytest -q tests/test_arrows.py tests/test_budgets.py
+	$(PYTHON) -m engine.reference --check
+
+test:  ## the default tier: no broker, no kills, no GPU
+	$(PYTHON) -m pytest -m "not broker and not crash" tests
+
+broker:  ## against a real Apache Kafka
+	$(PYTHON) -m pytest -m broker tests/broker
+
+crash:  ## kill sweeps; SECONDS=120 sets how long
+	$(PYTHON) -m pytest -m crash tests/crash
+
+bench:  ## every benchmark, results into benchmarks/results
+	$(PYTHON) -m benchmarks
+
+docs:  ## the generated policy reference
+	$(PYTHON) -m engine.reference
+
+format:
+	$(PYTHON) -m ruff format .
+	$(PYTHON) -m ruff check --fix .

@@ -1,0 +1,94 @@
+"""The audit window: held-out feedback that nothing is ever learned from.
+
+A fixed share of feedback is held out by a hash of the event id, so a redelivered label always falls on the same
+side. The newest rows are kept, with the classes that the source model, the live model (as it answered) and the
+current release give them: whether adapting helps always has a measured answer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from engine.host import Inputs
+from policies.interfaces import AuditWindow, State
+from streams.join import Joined
+
+
+def held_out(event_id: str, share: float, salt: str = "audit") -> bool:
+    """Whether the event with this id belongs to the audit window; true for a ``share`` in [0, 1] of all ids."""
+    digest = hashlib.blake2b(event_id.encode(), digest_size=8, key=salt.encode()).digest()
+    return int.from_bytes(digest, "little") < share * 2.0**64
+
+
+class Audit:
+    """Keeps the newest ``capacity`` audited rows.
+
+    Args:
+        capacity: Rows kept.
+        inputs: The form of the inputs; rows are kept as records hold them.
+        device: Where the window is needed.
+    """
+
+    def __init__(self, capacity: int, inputs: Inputs, device: torch.device) -> None:
+        self._capacity = capacity
+        self._inputs = inputs
+        self._device = device
+        self._width = int(torch.Size(inputs.record_shape).numel()) * inputs.dtype.itemsize
+        self._bytes = torch.zeros(0, self._width, dtype=torch.uint8)
+        self._classes = torch.zeros(0, 4, dtype=torch.int64)
+        self.seen = 0
+
+    def __len__(self) -> int:
+        return len(self._classes)
+
+    def add(self, rows: Sequence[Joined], source: Tensor, release: Tensor) -> None:
+        """Take in audited rows with the classes ``(N,)`` that source model and release predict for them."""
+        if not rows:
+            return
+        flat = torch.frombuffer(bytearray().join(row.inputs for row in rows), dtype=torch.uint8)
+        labels = torch.tensor([row.label for row in rows])
+        live = torch.tensor([row.predicted for row in rows])
+        classes = torch.stack([labels, source, live, release], 1)
+        self._bytes = torch.cat([self._bytes, flat.reshape(-1, self._width)])[-self._capacity :].clone()
+        self._classes = torch.cat([self._classes, classes])[-self._capacity :].clone()
+        self.seen += len(rows)
+
+    def window(self) -> AuditWindow:
+        """The window as methods see it."""
+        labels, source, live, release = self._classes.unbind(1)
+        raw = [bytes(row.numpy().data) for row in self._bytes]
+        return AuditWindow(self._inputs.stack(raw, self._device), labels, source, live, release)
+
+    def promoted(self, predicted: Tensor) -> None:
+        """Hear that a new release predicts the classes ``(N,)`` for the rows of the window."""
+        self._classes = self._classes.clone()
+        self._classes[:, 3] = predicted
+
+    def accuracies(self) -> dict[str, float]:
+        """Accuracy of ``source``, ``live`` and ``release`` on the window; empty while the window is."""
+        if not len(self):
+            return {}
+        labels = self._classes[:, :1]
+        right = (self._classes[:, 1:] == labels).double().mean(0).tolist()
+        return dict(zip(("source", "live", "release"), right, strict=True))
+
+    def flips(self) -> tuple[float, float]:
+        """Negative and positive flip rates of the live answers against the release, on the window."""
+        if not len(self):
+            return 0.0, 0.0
+        labels, _, live, release = self._classes.unbind(1)
+        negative = ((release == labels) & (live != labels)).double().mean()
+        positive = ((release != labels) & (live == labels)).double().mean()
+        return float(negative), float(positive)
+
+    def state_dict(self) -> State:
+        """Rows as bytes, classes, and how many were ever seen."""
+        return {"bytes": self._bytes, "classes": self._classes, "seen": self.seen}
+
+    def load_state_dict(self, state: State) -> None:
+        """Take over a state."""
+        self._bytes, self._classes, self.seen = state["bytes"], state["classes"], state["seen"]

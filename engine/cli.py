@@ -1,0 +1,222 @@
+"""The command line. A user's mistake ends with a sentence and an exit code, never with a stack trace."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from engine import __version__
+from engine.errors import AdaptdError, UsageError
+
+app = typer.Typer(name="adaptd", no_args_is_help=True, add_completion=False, help="Online adaptation engine.")
+checkpoints = typer.Typer(no_args_is_help=True, help="Look at checkpoints.")
+app.add_typer(checkpoints, name="checkpoint")
+
+PolicyArgument = Annotated[str, typer.Argument(metavar="POLICY", help="A policy file, or the name of a preset.")]
+SetOption = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the policy.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def out(text: str) -> None:
+    """Write a line to standard output."""
+    typer.echo(text)
+
+
+def _load(policy: str, overrides: list[str]) -> Any:
+    from engine.policyfile import load
+
+    return load(policy, overrides, os.environ)
+
+
+@app.command()
+def run(policy: PolicyArgument, set_: SetOption = []) -> None:  # noqa: B006 - typer reads the default, nobody changes it
+    """Run a policy on its streams until they end or SIGTERM comes."""
+    from engine.launch import configure_logs, run_policy
+
+    loaded = _load(policy, set_)
+    configure_logs(loaded.policy.log)
+    run_policy(loaded)
+
+
+@app.command()
+def validate(
+    policy: PolicyArgument,
+    set_: SetOption = [],  # noqa: B006
+    show: Annotated[bool, typer.Option("--show", help="Print the policy in force, secrets masked.")] = False,
+) -> None:
+    """Check a policy file. Touches no broker and builds no model."""
+    from engine.policyfile import effective
+
+    loaded = _load(policy, set_)
+    if show:
+        out(effective(loaded.policy).rstrip())
+    else:
+        out(f"{policy}: valid")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of policy files, for editors."""
+    from engine.policyfile import json_schema
+
+    out(json.dumps(json_schema(), indent=2))
+
+
+@app.command()
+def init(directory: Annotated[Path, typer.Argument(help="Where to write.")] = Path()) -> None:
+    """Write a commented policy file and a model file to start from."""
+    from engine.scaffold import init as write
+
+    for path in write(directory):
+        out(f"wrote {path}")
+
+
+@app.command()
+def demo(
+    directory: Annotated[Path, typer.Option("--dir", help="Where streams, state and report go.")] = Path("adaptd-demo"),
+    events: Annotated[int, typer.Option(min=1000, help="Events to send.")] = 20_000,
+    seed: Annotated[int, typer.Option(help="Seed of the stream.")] = 0,
+    json_: JsonOption = False,
+) -> None:
+    """Send drifting digits through the whole daemon, and show what adapting did."""
+    from engine.demo.main import demonstrate
+
+    demonstrate(directory, events=events, seed=seed, as_json=json_)
+
+
+@app.command()
+def backtest(
+    policy: PolicyArgument,
+    data: Annotated[Path, typer.Option(help="A recorded stream: .npz or .jsonl.")],
+    label_delay: Annotated[int, typer.Option(min=0, help="Events by which labels are late.")] = 0,
+    feedback_share: Annotated[float, typer.Option(min=0, max=1, help="Share of events whose label comes.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of the choice of these events.")] = 0,
+    set_: SetOption = [],  # noqa: B006
+    json_: JsonOption = False,
+) -> None:
+    """Drive a policy over a recorded stream as fast as it goes."""
+    from engine.backtest import command
+
+    report = command(_load(policy, set_), data, label_delay=label_delay, feedback_share=feedback_share, seed=seed)
+    out(json.dumps(report, indent=2) if json_ else "\n".join(_lines(report)))
+
+
+def _lines(report: dict[str, Any], indent: str = "") -> Iterator[str]:
+    for key, value in report.items():
+        if isinstance(value, dict):
+            yield f"{indent}{key}:"
+            yield from _lines(value, indent + "  ")
+        else:
+            yield f"{indent}{key}: {value:.4f}" if isinstance(value, float) else f"{indent}{key}: {value}"
+
+
+StateArgument = Annotated[Path, typer.Argument(metavar="STATE", help="The state directory.")]
+
+
+def _store(state: Path) -> Any:
+    from engine.checkpoint.store import CheckpointStore
+
+    if not state.is_dir():
+        raise UsageError(f"there is no state directory {state}")
+    return CheckpointStore(state)
+
+
+@checkpoints.command("ls")
+def checkpoint_ls(state: StateArgument, json_: JsonOption = False) -> None:
+    """List checkpoints, newest first."""
+    rows = [_row(info) for info in _store(state).list()]
+    if json_:
+        out(json.dumps(rows, indent=2))
+    for row in rows if not json_ else ():
+        out("  ".join(f"{key}={value}" for key, value in row.items()))
+
+
+def _row(info: Any) -> dict[str, Any]:
+    manifest = info.manifest
+    if manifest is None:
+        return {"name": info.name, "step": info.step, "problem": info.problem}
+    created = datetime.fromtimestamp(manifest.created, UTC).isoformat(timespec="seconds")
+    return {"name": info.name, "step": info.step, "pinned": info.pinned, "bytes": manifest.size, "created": created}
+
+
+@checkpoints.command("show")
+def checkpoint_show(state: StateArgument, name: str) -> None:
+    """Print what a checkpoint says of itself."""
+    info = _store(state).verify(name)
+    meta = json.loads((state / name / "meta.json").read_text())
+    meta.pop("states", None)
+    out(json.dumps({"manifest": info.manifest.model_dump(), "meta": meta}, indent=2))
+
+
+@checkpoints.command("verify")
+def checkpoint_verify(
+    state: StateArgument,
+    name: Annotated[str | None, typer.Argument(help="One checkpoint; all of them if none is named.")] = None,
+) -> None:
+    """Check every byte of checkpoints against their manifests."""
+    store = _store(state)
+    names = [name] if name else [info.name for info in store.list()]
+    if not names:
+        raise UsageError(f"{state} holds no checkpoints")
+    for each in names:
+        store.verify(each)
+        out(f"{each}: good")
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    out(__version__)
+
+
+def main() -> None:
+    """Entry point: runs a command and turns errors into sentences and exit codes."""
+    try:
+        app(standalone_mode=False)
+    except BaseException as error:  # noqa: BLE001 - the one place where everything ends
+        sys.exit(_explain(error))
+
+
+def _explain(error: BaseException) -> int:
+    """Write an error for the user and give the exit code."""
+    from streams.base import StreamError
+
+    while isinstance(error, BaseExceptionGroup) and error.exceptions:
+        error = _gravest(error)
+    if isinstance(error, AdaptdError):
+        typer.echo(f"adaptd: {error}", err=True)
+        return error.exit_code
+    if isinstance(error, StreamError):
+        typer.echo(f"adaptd: {error}", err=True)
+        return 78
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else 1
+    if hasattr(error, "exit_code") and hasattr(error, "show"):  # click's own usage errors
+        error.show()
+        return int(error.exit_code)
+    if type(error).__name__ in ("Abort", "Exit"):
+        return int(getattr(error, "exit_code", 130))
+    traceback.print_exception(error)
+    typer.echo(
+        "adaptd: internal error; the state directory is as of the last checkpoint and can be used again", err=True
+    )
+    return 75 if "CUDA" in str(error) else 70
+
+
+def _gravest(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The error of a group that tells the user most."""
+    return min(group.exceptions, key=lambda error: not isinstance(error, AdaptdError))
+
+
+if __name__ == "__main__":
+    main()

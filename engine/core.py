@@ -1,0 +1,336 @@
+"""The deterministic core: what a batch of records does to the model and to everything around it.
+
+The core reads no clock, no stream and no file, and starts no thread. It is driven by three calls, each of which is one
+entry of the journal: `Core.answer` with `Core.follow` (a batch of data), `Core.feedback` (a batch of feedback) and
+`Core.done` (a background job is taken in). The same calls in the same order always give the same state and the same
+answers; a restart relies on nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from engine.audit import Audit, held_out
+from engine.host import ModelHost, clone
+from engine.learner import Job, Learner
+from engine.methods import Methods
+from engine.rows import pack, unpack
+from policies.interfaces import (
+    Action,
+    Adaptation,
+    Batch,
+    Outcome,
+    State,
+    StepKind,
+    Verdict,
+    load_weights,
+)
+from streams.codec import Event, Feedback
+from streams.join import Joined, JoinStore, Waiting
+
+MAX_DEFERRED = 64
+"""Batches whose adaptation may wait for a background job before serving waits too; bounds memory."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CoreSettings:
+    """What the core needs to know of a policy.
+
+    Attributes:
+        batch_size: Labelled rows of one learning step.
+        max_delay: Seconds of event time after which fewer rows are learned from.
+        audit_share: Share of feedback held out for the audit window, in [0, 1].
+        release_every: Joined labels between two release attempts; 0 for never.
+        store_inputs: Whether inputs wait for their feedback, or feedback carries them.
+        background: Whether jobs run beside serving; else each runs at once, where it is made.
+    """
+
+    batch_size: int
+    max_delay: float
+    audit_share: float
+    release_every: int
+    store_inputs: bool
+    background: bool
+
+
+class Answers(NamedTuple):
+    """Answers to one batch, in row order."""
+
+    events: Sequence[Event]
+    labels: NDArray[np.int64]
+    probabilities: NDArray[np.float32]
+    release: int
+    step: int
+
+
+class Core:
+    """Ties models, methods, joins and audit together. Used by one thread at a time.
+
+    Attributes:
+        counts: Everything counted, by name; part of the checkpoint.
+        step: Updates applied to the live weights.
+        release: Number of the current release; 0 is the source model.
+        watermark: Newest event time seen, in seconds; the clock of all methods.
+        job: The background job to run or running, if any.
+        decisions: Release decisions not yet reported, oldest first.
+    """
+
+    def __init__(
+        self,
+        settings: CoreSettings,
+        host: ModelHost,
+        methods: Methods,
+        learner: Learner,
+        audit: Audit,
+        joins: JoinStore,
+    ) -> None:
+        self.settings = settings
+        self.host = host
+        self.methods = methods
+        self.learner = learner
+        self.audit = audit
+        self.joins = joins
+        self.counts: Counter[str] = Counter()
+        self.step = 0
+        self.release = 0
+        self.alpha = 0.0
+        self.watermark = -math.inf
+        self.job: Job | None = None
+        self.last_job: Job | None = None
+        self.entropy = 0.0
+        self.deferred = 0
+        self._to_learn: deque[Joined] = deque()
+        self._to_audit: deque[Joined] = deque()
+        self._attempted_at = 0
+        self._reset_due = False
+        self._batch: tuple[Batch, Tensor, Answers] | None = None
+        self._updates = type(methods.adaptation).update is not Adaptation.update
+
+    # -- data ---------------------------------------------------------------------------------------------------
+
+    def answer(self, events: Sequence[Event]) -> Answers:
+        """Answer a batch of at least one event. `follow` must be called next, once the answers are on their way."""
+        batch = Batch(
+            ids=tuple([event.id for event in events]),
+            inputs=self.host.inputs.stack([event.inputs for event in events], self.host.device),
+            times=torch.tensor([event.time for event in events], dtype=torch.float64),
+            groups=tuple([event.group for event in events]),
+            now=max(self.watermark, *[event.time for event in events]),
+        )
+        logits = self.methods.adaptation.adapt(batch)
+        probabilities = logits.float().softmax(1)
+        labels = probabilities.argmax(1).cpu().numpy()
+        answers = Answers(events, labels, probabilities.cpu().numpy(), self.release, self.step)
+        self._batch = batch, logits, answers
+        return answers
+
+    def follow(self) -> None:
+        """Do what follows from the batch just answered: adapt, let safeguards judge, let inputs wait for labels."""
+        assert self._batch is not None
+        (batch, logits, answers), self._batch = self._batch, None
+        self.watermark = batch.now
+        self.counts["events"] += len(batch)
+        self._watch(batch, logits, answers)
+        verdicts = [guard.verdict(batch, logits) for guard in self.methods.safeguards]
+        if Verdict.RESET in verdicts:
+            self._reset_due = True
+        if self.job is not None:
+            self.deferred += self._updates
+        else:
+            self._settle()
+        if self.settings.store_inputs:
+            self._wait_for_labels(answers)
+        self.make_job()
+
+    def _wait_for_labels(self, answers: Answers) -> None:
+        """Let the inputs of a batch wait; labels that came before their event join now."""
+        waiting = [
+            Waiting(event.id, event.inputs, event.time, event.group, label, answers.step)
+            for event, label in zip(answers.events, answers.labels.tolist(), strict=True)
+        ]
+        self._joined(self.joins.answered(waiting, self.watermark))
+
+    def _watch(self, batch: Batch, logits: Tensor, answers: Answers) -> None:
+        """Note the mean entropy of the answers in nats and count rows that were not finite."""
+        p = answers.probabilities
+        self.entropy = float(-(p * np.log(np.maximum(p, 1e-30))).sum(1).mean())
+        if batch.inputs.is_floating_point() and not bool(torch.isfinite(batch.inputs.sum())):
+            self.counts["nonfinite_inputs"] += int((~batch.inputs.flatten(1).isfinite().all(1)).sum())
+
+    def _settle(self) -> None:
+        """Apply what adaptation and safeguards want done to the live weights. Never while a job is under way."""
+        if self._reset_due:
+            self._reset()
+        elif self._updates:
+            self._count(StepKind.ADAPTATION, self.methods.adaptation.update())
+        self.deferred = 0
+
+    def _reset(self) -> None:
+        """Return to the source model and forget what adaptation, safeguards and optimizer hold."""
+        self._reset_due = False
+        self.methods.adaptation.reset()
+        for guard in self.methods.safeguards:
+            guard.reset()
+        self.learner.optimizer.state.clear()
+        self.counts["resets"] += 1
+        self.step += 1
+
+    def _count(self, kind: StepKind, outcome: Outcome | None) -> None:
+        if outcome is None:
+            return
+        if outcome.applied:
+            self.step += 1
+            self.counts[f"updates.{kind}"] += 1
+        else:
+            self.counts[f"skipped.{kind}.{outcome.reason}"] += 1
+
+    # -- feedback -----------------------------------------------------------------------------------------------
+
+    def feedback(self, items: Sequence[Feedback]) -> None:
+        """Take in a batch of feedback."""
+        self.watermark = max(self.watermark, *[item.time for item in items])
+        self.counts["feedback"] += len(items)
+        self._joined(self.joins.feedback(items, self.watermark))
+        self.make_job()
+
+    def _joined(self, rows: Sequence[Joined]) -> None:
+        """Sort joined rows into those to learn from and those to audit."""
+        for row in rows:
+            label = self._label_of(row)
+            if label is None:
+                self.counts["unusable_labels"] += 1
+                continue
+            row = row._replace(label=label)
+            self.counts["labels"] += 1
+            if row.predicted >= 0 and held_out(row.id, self.settings.audit_share):
+                self._to_audit.append(row)
+            elif self.learner.enabled:
+                self._to_learn.append(row)
+
+    def _label_of(self, row: Joined) -> int | None:
+        """The class that feedback names. A positive reward confirms the class that was answered."""
+        if row.label is not None:
+            return row.label if 0 <= row.label < self.host.num_classes else None
+        return row.predicted if row.reward is not None and row.reward > 0 and row.predicted >= 0 else None
+
+    # -- jobs ---------------------------------------------------------------------------------------------------
+
+    def make_job(self) -> None:
+        """Make the next job if one is due, and run it at once unless jobs run in the background.
+
+        Every call ends with this; after `done` it is the caller's, so that a checkpoint fits in between.
+        """
+        while self.job is None:
+            job = self._next_job()
+            if job is None:
+                return
+            self.learner.prepare(job)
+            self.job = job
+            if self.settings.background:
+                return
+            self.learner.run(job)
+            self.done()
+
+    def _next_job(self) -> Job | None:
+        size = self.settings.batch_size
+        learn = self._due(self._to_learn, size)
+        audit = self._due(self._to_audit, max(1, size // 2))
+        every = self.settings.release_every
+        attempt = bool(every) and self.counts["labels"] - self._attempted_at >= every and len(self.audit) > 0
+        if not (learn or audit or attempt):
+            return None
+        if attempt:
+            self._attempted_at = self.counts["labels"]
+        learned = [self._to_learn.popleft() for _ in range(min(size, len(self._to_learn)) if learn else 0)]
+        # an attempt judges the window as it stands, so rows to audit wait for the next job
+        audited = [self._to_audit.popleft() for _ in range(0 if attempt else len(self._to_audit))]
+        return Job(learned, audited, attempt, self.watermark)
+
+    def _due(self, rows: deque[Joined], size: int) -> bool:
+        oldest = rows[0].feedback_time if rows else math.inf
+        return len(rows) >= size or self.watermark - oldest >= self.settings.max_delay
+
+    def done(self) -> None:
+        """Take in the finished job: its audit rows, what it learned, and its release decision."""
+        assert self.job is not None
+        job, self.job = self.job, None
+        self.last_job = job
+        self.audit.add(job.audited, job.source_classes, job.release_classes)
+        if self._reset_due and job.outcome is not None:
+            job.outcome = Outcome(False, "reset")
+        self._count(StepKind.LEARNING, job.outcome)
+        self.learner.take(job)
+        if job.decision is not None:
+            self._decided(job)
+        self._settle()
+
+    def _decided(self, job: Job) -> None:
+        decision = job.decision
+        assert decision is not None
+        self.counts[f"decisions.{decision.action}.{decision.reason}"] += 1
+        if decision.action is Action.PROMOTE:
+            assert job.chosen is not None
+            assert job.chosen_classes is not None
+            self.host.release = clone(job.chosen.weights)
+            self.audit.promoted(job.chosen_classes)
+            self.release += 1
+            self.alpha = job.chosen.alpha
+            for guard in self.methods.safeguards:
+                guard.released(self.host.release)
+        elif decision.action is Action.ROLL_BACK:
+            self._roll_back()
+
+    def _roll_back(self) -> None:
+        """Return the live weights to the release."""
+        self._reset()
+        load_weights(self.host.live, self.host.release)
+        self.counts["resets"] -= 1
+        self.counts["rollbacks"] += 1
+
+    def finish(self) -> None:
+        """Learn from and audit what is left, once a bounded stream has ended."""
+        while self.job is None and (self._to_learn or self._to_audit):
+            learned = [self._to_learn.popleft() for _ in range(min(self.settings.batch_size, len(self._to_learn)))]
+            audited = [self._to_audit.popleft() for _ in range(len(self._to_audit))]
+            self.job = Job(learned, audited, False, self.watermark)
+            self.learner.prepare(self.job)
+            self.learner.run(self.job)
+            self.done()
+
+    # -- state --------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> State:
+        """Everything but weights, methods, optimizer and joins, which have files of their own.
+
+        There is no state while a job is under way: the learner's thread is changing it.
+        """
+        assert self.job is None
+        return {
+            "counts": dict(self.counts),
+            "step": self.step,
+            "release": self.release,
+            "alpha": self.alpha,
+            "watermark": self.watermark,
+            "attempted_at": self._attempted_at,
+            "reset_due": self._reset_due,
+            "deferred": self.deferred,
+            "to_learn": pack(self._to_learn),
+            "to_audit": pack(self._to_audit),
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        """Take over a state."""
+        self.counts = Counter(state["counts"])
+        self.step, self.release, self.alpha = state["step"], state["release"], state["alpha"]
+        self.watermark, self._attempted_at = state["watermark"], state["attempted_at"]
+        self._reset_due, self.deferred = state["reset_due"], state["deferred"]
+        self._to_learn, self._to_audit = deque(unpack(state["to_learn"])), deque(unpack(state["to_audit"]))

@@ -1,0 +1,362 @@
+"""The daemon: one task group that reads, answers, adapts, learns, checkpoints and drains.
+
+Threads: one for each source, one for the sinks, one that owns the model, one for background jobs, one for writing
+checkpoints. The event loop decides what happens next and never computes.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import anyio
+import structlog
+from anyio import CapacityLimiter, to_thread
+from anyio.abc import TaskGroup
+
+from engine.core import MAX_DEFERRED
+from engine.cutter import Cut, Cutter
+from engine.errors import RestartError, UnreachableError
+from engine.keeper import Snapshot
+from engine.metrics import Metrics
+from engine.reader import Chunk, Reader
+from engine.runner import Runner
+from engine.writer import Writer
+from streams.base import Partition, Positions, StreamUnavailableError
+
+T = TypeVar("T")
+
+CUTS_PER_TURN = 8
+"""Batches that go to the model's thread at once while there is a backlog; one, as a rule, when there is none."""
+
+START_SECONDS = 60.0
+DRAIN_SECONDS = 45.0
+BACKOFF_SECONDS = (0.2, 0.5, 1.0, 2.0, 5.0)
+
+log = structlog.get_logger("adaptd")
+
+
+class Daemon:
+    """Runs a policy on its streams until they end or a signal comes.
+
+    Args:
+        runner: Applies batches.
+        cutter: Cuts them.
+        readers: One for each source.
+        writer: Writes answers.
+        metrics: What is exported.
+        checkpoint_every: Seconds between checkpoints.
+    """
+
+    def __init__(
+        self,
+        *,
+        runner: Runner,
+        cutter: Cutter,
+        readers: Sequence[Reader],
+        writer: Writer,
+        metrics: Metrics,
+        checkpoint_every: float,
+    ) -> None:
+        self.runner = runner
+        self.core = runner.core
+        self.cutter = cutter
+        self.writer = writer
+        self.metrics = metrics
+        self.readers = list(readers)
+        self.state = "starting"
+        self.started = time.monotonic()
+        self.last_progress = time.monotonic()
+        self.saved_at = 0.0
+        self._checkpoint_every = checkpoint_every
+        self._compute = CapacityLimiter(1)
+        self._learning = CapacityLimiter(1)
+        self._threads = CapacityLimiter(8)
+        self._turn = anyio.Lock()
+        self._wake = anyio.Event()
+        self._job: anyio.Event | None = None
+        self._saving: anyio.Event | None = None
+        self._stopping = False
+        self._tasks: TaskGroup | None = None
+
+    # -- life ---------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Run until the streams end or `stop` is called, then drain.
+
+        Raises:
+            UnreachableError: A stream did not answer within a minute at the start.
+            StreamError: A stream cannot be used.
+        """
+        async with anyio.create_task_group() as tasks:
+            self._tasks = tasks
+            try:
+                await self._open()
+                for reader in self.readers:
+                    tasks.start_soon(self._thread, reader.run, self.cutter.taken)
+                tasks.start_soon(self._thread, self.writer.run)
+                await self._serve()
+                await self._drain()
+            finally:
+                for reader in self.readers:
+                    reader.stop()
+                self.writer.abort()
+                self.state = "stopped"
+
+    async def handle_signals(self) -> None:
+        """Drain at the first SIGTERM or SIGINT, leave at once at the second. Runs until cancelled."""
+        with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            async for number in signals:
+                if self._stopping:
+                    os._exit(130 if number is signal.SIGINT else 143)
+                log.info("draining", signal=signal.Signals(number).name)
+                self.stop()
+
+    def stop(self) -> None:
+        """Have `run` drain and return. Called on the event loop."""
+        self._stopping = True
+        self._wake.set()
+
+    async def _thread(self, function: Callable[..., T], *args: Any) -> T:
+        return await to_thread.run_sync(function, *args, limiter=self._threads)
+
+    async def _model(self, function: Callable[..., T], *args: Any) -> T:
+        """Call a function on the thread that owns the model."""
+        result = await to_thread.run_sync(function, *args, limiter=self._compute)
+        self.last_progress = time.monotonic()
+        return result
+
+    async def _open(self) -> None:
+        """Open sinks and sources, with backoff for a minute."""
+        await self._patiently(self.writer.open)
+        answered: Positions = {}
+        for reader in self.readers:
+            await self._patiently(reader.open)
+            self.cutter.assigned(reader.partitions)
+            answered |= reader.committed
+        self.writer.answered = answered
+        if self.runner.keeper.saved_step is None:
+            await self._checkpoint(wait=True)
+
+    async def _patiently(self, action: Callable[[], None]) -> None:
+        deadline = time.monotonic() + START_SECONDS
+        for attempt in range(1000):
+            try:
+                return await self._thread(action)
+            except StreamUnavailableError as error:
+                self.state = f"starting: {error}; retrying"
+                if self._stopping or time.monotonic() >= deadline:
+                    raise UnreachableError(f"{error}; gave up after {START_SECONDS:.0f} s") from error
+                log.warning("stream_unavailable", error=str(error))
+            await anyio.sleep(BACKOFF_SECONDS[min(attempt, len(BACKOFF_SECONDS) - 1)])
+        raise AssertionError("unreachable")
+
+    # -- serving ------------------------------------------------------------------------------------------------
+
+    def hand_over(self, chunk: Chunk) -> None:
+        """Take in a chunk from a reader. Called on the event loop."""
+        for reader in self.readers:
+            self.cutter.assigned(reader.partitions)
+        if chunk.items:
+            self.cutter.feed(chunk.items, time.monotonic())
+        if chunk.ended:
+            self.cutter.ended(chunk.ended)
+        self._wake.set()
+
+    async def _serve(self) -> None:
+        """Take turns until stopped or until every stream has ended."""
+        self._launch()
+        while not self._stopping:
+            async with self._turn:
+                worked = await self._take_turn()
+            if not worked:
+                if self.cutter.exhausted() and self._job is None:
+                    return
+                await self._wait()
+
+    async def _take_turn(self) -> bool:
+        """Do the next thing that is due; False when there is none."""
+        if self._job is not None and self._job.is_set():
+            await self._take_job()
+            return True
+        if self._checkpoint_due() and self.core.job is None:
+            await self._checkpoint()
+        if self._job is not None and self.core.deferred >= MAX_DEFERRED:
+            self.state = "waiting for a background job"
+            await self._job.wait()
+            return True
+        cuts = self._next_cuts()
+        if not cuts:
+            return False
+        self.state = f"replaying, {self.cutter.replaying} batches left" if self.cutter.replaying else "serving"
+        await self._model(self.runner.apply, cuts)
+        self._launch()
+        return True
+
+    def _next_cuts(self) -> list[Cut]:
+        cuts: list[Cut] = []
+        while len(cuts) < CUTS_PER_TURN:
+            cut = self.cutter.next(time.monotonic())
+            if cut is None:
+                break
+            cuts.append(cut)
+        return cuts
+
+    async def _wait(self) -> None:
+        """Wait for records, for a job, for a deadline of the batcher or for the next checkpoint."""
+        self._wake = anyio.Event()
+        self.state = "waiting for records"
+        now = time.monotonic()
+        until = min(self.cutter.deadline(), max(self.saved_at + self._checkpoint_every, now + 0.05), now + 1.0)
+        with anyio.move_on_after(max(0.0, until - now)):
+            await self._wake.wait()
+
+    # -- background jobs ----------------------------------------------------------------------------------------
+
+    def _launch(self) -> None:
+        """Start the core's job beside serving, unless the journal is to say when it ends."""
+        if self.core.job is not None and self._job is None and not self.cutter.replaying:
+            assert self._tasks is not None
+            self._job = anyio.Event()
+            self._tasks.start_soon(self._run_job, self._job)
+
+    async def _run_job(self, done: anyio.Event) -> None:
+        assert self.core.job is not None
+        started = time.perf_counter()
+        await to_thread.run_sync(self.core.learner.run, self.core.job, limiter=self._learning)
+        self.metrics.stage("learn", time.perf_counter() - started)
+        done.set()
+        self._wake.set()
+
+    async def _take_job(self) -> None:
+        """Take in the finished job, checkpoint if one is due, and start the next."""
+        self._job = None
+        await self._model(self.runner.done)
+        if self._checkpoint_due():
+            await self._checkpoint()
+        await self._model(self.core.make_job)
+        self._launch()
+
+    async def _finish_job(self) -> None:
+        """Wait for the job under way, if any, and take it in."""
+        if self._job is not None:
+            await self._job.wait()
+            self._job = None
+            await self._model(self.runner.done)
+
+    # -- checkpoints --------------------------------------------------------------------------------------------
+
+    def _checkpoint_due(self) -> bool:
+        changed = self.runner.keeper.sequence != self.runner.keeper.saved_step
+        return changed and time.monotonic() >= self.saved_at + self._checkpoint_every and not self.cutter.replaying
+
+    async def _checkpoint(self, *, wait: bool = False) -> None:
+        """Copy the state now and write it beside serving, once everything it covers has been answered."""
+        if self._saving is not None:
+            if not wait:
+                return
+            await self._saving.wait()
+        self.saved_at = time.monotonic()
+        if self.runner.keeper.sequence == self.runner.keeper.saved_step:
+            return
+        snapshot = await self._model(self.runner.snapshot)
+        self._saving = done = anyio.Event()
+        assert self._tasks is not None
+        self._tasks.start_soon(self._write, snapshot, done, self.state != "starting")
+        if wait:
+            await done.wait()
+
+    async def _write(self, snapshot: Snapshot, done: anyio.Event, serving: bool) -> None:
+        started = time.perf_counter()
+        try:
+            if serving:
+                await self._thread(self.writer.wait_flushed)
+            saved = await self._thread(self.runner.keeper.write, snapshot)
+        except Exception as error:
+            self.metrics.checkpoint_failed()
+            log.error("checkpoint_failed", step=snapshot.step, error=str(error))
+            if not serving or self._stopping:
+                raise
+        else:
+            seconds = time.perf_counter() - started
+            self.metrics.checkpoint(saved.bytes, seconds)
+            log.info("checkpoint", step=saved.step, bytes=saved.bytes, seconds=round(seconds, 3))
+        finally:
+            self._saving = None
+            done.set()
+
+    # -- leaving ------------------------------------------------------------------------------------------------
+
+    async def revoked(self, partitions: Sequence[Partition], lost: bool) -> Positions:
+        """Finish with partitions that go: what is cut of them is applied, answered and in a checkpoint."""
+        async with self._turn:
+            self.cutter.revoked(partitions)
+            await self._finish_job()
+            if not lost:
+                await self._checkpoint(wait=True)
+            await self._model(self.core.make_job)
+            self._launch()
+            gone = {p: self.runner.positions.pop(p) for p in partitions if p in self.runner.positions}
+            self.metrics.revoked(partitions)
+            return gone
+
+    async def _drain(self) -> None:
+        """Finish the job, flush answers, checkpoint, commit, leave."""
+        self.state = "draining"
+        started = time.monotonic()
+        with anyio.move_on_after(DRAIN_SECONDS) as scope:
+            await self._finish_job()
+            if not self._stopping:
+                await self._model(self.core.finish)
+            await self._checkpoint(wait=True)
+            await self._thread(self.writer.stop)
+            for reader in self.readers:
+                reader.stop()
+        if scope.cancelled_caught:
+            raise RestartError(
+                f"draining took more than {DRAIN_SECONDS:.0f} s; the last checkpoint is good, start again"
+            )
+        log.info("drained", seconds=round(time.monotonic() - started, 3), events=self.core.counts["events"])
+
+    # -- what others may know -----------------------------------------------------------------------------------
+
+    def waiting_for(self) -> str:
+        """What the daemon waits for at this instant, in words; empty while nothing is in its way."""
+        if self.writer.waiting_for:
+            return self.writer.waiting_for
+        paused = [stream for reader in self.readers for stream in reader.paused]
+        if paused:
+            return f"paused until the backlog is worked off: {', '.join(paused)}"
+        return self.state if self.state.startswith(("starting", "waiting")) else ""
+
+    def status(self) -> dict[str, Any]:
+        """What the daemon is doing, as JSON values."""
+        core = self.core
+        return {
+            "state": self.state,
+            "waiting_for": self.waiting_for(),
+            "uptime_seconds": round(time.monotonic() - self.started, 1),
+            "events": core.counts["events"],
+            "labels": core.counts["labels"],
+            "model": {"release": core.release, "step": core.step, "alpha": core.alpha},
+            "accuracy": core.audit.accuracies(),
+            "audited": len(core.audit),
+            "counts": dict(sorted(core.counts.items())),
+            "joins": {"pending": core.joins.pending, "bytes": core.joins.bytes, **core.joins.counts},
+            "positions": {f"{stream}-{number}": at for (stream, number), at in sorted(self.runner.positions.items())},
+            "lag": {f"{s}-{n}": lag for reader in self.readers for (s, n), lag in sorted(reader.lag.items())},
+            "replaying": self.cutter.replaying,
+            "replayed": self.runner.replayed,
+            "checkpoint": {"step": self.runner.keeper.saved_step, "age_seconds": self._checkpoint_age()},
+            "background_job": self.core.job is not None,
+        }
+
+    def _checkpoint_age(self) -> float | None:
+        return round(time.monotonic() - self.saved_at, 1) if self.saved_at else None
+
+    def export(self) -> None:
+        """Bring the metrics that are read off the daemon up to date."""
+        self.metrics.look(self)

@@ -1,0 +1,1 @@
+"""The demonstration: real digits, real corruptions, the whole daemon."""

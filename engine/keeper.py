@@ -1,0 +1,199 @@
+"""The keeper: what goes into a checkpoint and comes out of it again.
+
+A checkpoint holds the whole state between two batches and the positions that it covers; the journal holds the order
+of the batches since. Taking the state is quick and happens where the model is owned; writing it happens elsewhere.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import numpy as np
+import structlog
+import torch
+from torch import Tensor
+
+from engine.checkpoint.errors import BadCheckpointError
+from engine.checkpoint.folder import Loaded, Saved
+from engine.checkpoint.state import snapshot as copy_states
+from engine.checkpoint.store import CheckpointStore
+from engine.core import Core
+from engine.errors import StorageError
+from policies.interfaces import State, load_weights
+from streams.base import Positions
+from streams.journal import Entry, Journal
+
+log = structlog.get_logger("adaptd")
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """The state of one instant, sharing nothing with what goes on changing."""
+
+    step: int
+    parts: Mapping[str, Callable[[BinaryIO], object]]
+    meta: Mapping[str, Any]
+
+
+class Keeper:
+    """Saves and restores a core.
+
+    Args:
+        store: Where checkpoints are.
+        journal: The journal beside them.
+        digest: Digest of the policy in force, recorded with every checkpoint.
+    """
+
+    def __init__(self, store: CheckpointStore, journal: Journal, digest: str) -> None:
+        self.store = store
+        self.journal = journal
+        self._digest = digest
+        self.sequence = 0
+        self.saved_step: int | None = None
+        self.fallbacks = 0
+        self.fallbacks = 0
+        """Checkpoints found bad and passed over by `restore`."""
+
+    def restore(self, core: Core) -> tuple[Positions, list[Entry]] | None:
+        """Load the newest valid checkpoint into ``core`` and read the journal since.
+
+        Returns:
+            The positions that the checkpoint covers and the journal's entries after it; None for an empty directory.
+
+        Raises:
+            NoValidCheckpointError: If there were checkpoints but none is valid.
+        """
+        loaded = self.store.load(lambda found: self._fits(found, core))
+        if loaded is None:
+            return None
+        self.fallbacks = len(loaded.fallbacks)
+        self.fallbacks = len(loaded.fallbacks)
+        for fallback in loaded.fallbacks:
+            log.error("checkpoint_passed_over", name=fallback.name, reason=fallback.reason)
+        self._apply(loaded, core)
+        self.sequence = self.saved_step = loaded.step
+        entries = list(self.journal.read(loaded.step))
+        core.make_job()  # a checkpoint may lie between the end of a job and the start of the next
+        return _positions(loaded.meta["positions"]), entries
+
+    @staticmethod
+    def _fits(loaded: Loaded, core: Core) -> None:
+        """Refuse weights that do not fit the model or are not finite."""
+        weights = loaded.state("model")
+        own = core.host.live.state_dict()
+        if weights.keys() != own.keys():
+            raise StorageError("its weights belong to another model: the names of their tensors differ")
+        for name, tensor in weights.items():
+            if tensor.shape != own[name].shape or tensor.dtype != own[name].dtype:
+                raise StorageError(
+                    f"its weights belong to another model: {name} is {tuple(tensor.shape)} {tensor.dtype}"
+                )
+            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                raise BadCheckpointError(f"{name} holds values that are not finite")
+
+    def _apply(self, loaded: Loaded, core: Core) -> None:
+        device = core.host.device
+        load_weights(core.host.live, loaded.state("model"))
+        core.host.release = _to(loaded.state("release"), device)
+        _load_optimizer(core, _to(loaded.state("optimizer"), device))
+        policy = loaded.state("policy")
+        core.methods.load_state_dict(_to(policy["methods"], device))
+        core.audit.load_state_dict(policy["audit"])
+        core.load_state_dict(policy["core"])
+        _set_random(policy["random"])
+        with loaded.open("join.bin") as file:
+            core.joins.restore(file)
+
+    def snapshot(self, core: Core, positions: Positions) -> Snapshot:
+        """Copy the state of this instant, which lies between two batches, and begin a new segment of the journal."""
+        states: dict[str, State] = {
+            "model": core.host.live.state_dict(),
+            "release": core.host.release,
+            "optimizer": _optimizer(core),
+            "policy": {
+                "methods": core.methods.state_dict(),
+                "audit": core.audit.state_dict(),
+                "core": core.state_dict(),
+                "random": _random(),
+            },
+        }
+        parts, trees = copy_states(states)
+        meta: dict[str, Any] = {
+            "positions": [[*partition, offset] for partition, offset in sorted(positions.items())],
+            "states": trees,
+            "release": core.release,
+            "model_step": core.step,
+            "alpha": core.alpha,
+            "events": core.counts["events"],
+        }
+        joins = core.joins.snapshot()
+        parts["join.bin"] = joins.write
+        self.journal.start(self.sequence)
+        return Snapshot(self.sequence, parts, meta)
+
+    def write(self, snapshot: Snapshot) -> Saved:
+        """Write a snapshot as a checkpoint, then drop what no kept checkpoint needs. Runs on any one thread."""
+        saved = self.store.save(
+            snapshot.step, snapshot.parts, snapshot.meta, config_digest=self._digest, parent=self.saved_step
+        )
+        self.saved_step = snapshot.step
+        oldest = self.store.oldest_kept()
+        if oldest is not None:
+            self.journal.drop_before(oldest)
+        return saved
+
+
+def _positions(rows: list[list[Any]]) -> Positions:
+    return {(stream, partition): offset for stream, partition, offset in rows}
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    """The same nesting with every tensor on ``device``, except those that live on the CPU by nature."""
+    if device.type == "cpu":
+        return value
+    if isinstance(value, Tensor):
+        return value.to(device) if value.is_floating_point() and value.dtype != torch.float64 else value
+    if isinstance(value, dict):
+        return {key: _to(item, device) for key, item in value.items()}
+    return [_to(item, device) for item in value] if isinstance(value, list) else value
+
+
+def _optimizer(core: Core) -> State:
+    """The optimizer's state by parameter name."""
+    names: dict[Any, str] = {parameter: name for name, parameter in core.host.learner.named_parameters()}
+    return {names[parameter]: dict(state) for parameter, state in core.learner.optimizer.state.items()}
+
+
+def _load_optimizer(core: Core, state: State) -> None:
+    own = dict(core.host.learner.named_parameters())
+    core.learner.optimizer.state.clear()
+    for name, values in state.items():
+        if name in own:
+            core.learner.optimizer.state[own[name]] = values
+
+
+def _random() -> State:
+    """State of the global generators, for models that draw from them."""
+    numpy_state: Any = np.random.get_state(legacy=True)
+    kind, keys, place, has_gauss, gauss = numpy_state
+    version, internal, gauss_next = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": {"kind": kind, "keys": torch.from_numpy(keys.astype(np.int64)), "rest": [place, has_gauss, gauss]},
+        "python": {"version": version, "internal": torch.tensor(internal, dtype=torch.int64), "gauss": gauss_next},
+    }
+
+
+def _set_random(state: State) -> None:
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    numpy, python = state["numpy"], state["python"]
+    place, has_gauss, gauss = numpy["rest"]
+    keys = numpy["keys"].numpy().astype(np.uint32)
+    np.random.set_state((numpy["kind"], keys, place, has_gauss, gauss))
+    random.setstate((python["version"], tuple(python["internal"].tolist()), python["gauss"]))

@@ -1,0 +1,198 @@
+"""The reader: one thread that owns a source, decodes what it gives and hands it over.
+
+The engine's task tells the reader how much it has used up; when too much waits, the reader pauses that stream and goes
+on polling, so memory is bounded and the client stays alive. Everything a source may be asked (commit, lag) is asked
+on this thread.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import anyio
+import anyio.from_thread
+
+from engine.cutter import Bad, Item
+from streams.base import Partition, Positions, Record, Source, StreamUnavailableError
+from streams.codec import InputSpec, decode_events, decode_feedback
+from streams.journal import Kind
+
+POLL_RECORDS = 512
+POLL_SECONDS = 0.1
+COMMIT_SECONDS = 1.0
+
+
+@dataclass(slots=True)
+class Chunk:
+    """Decoded items on their way to the engine, and partitions that have ended."""
+
+    items: list[Item] = field(default_factory=list)
+    ended: frozenset[Partition] = frozenset()
+
+
+class Reader:
+    """Runs a source.
+
+    Args:
+        source: What to read; used by the reader's thread alone.
+        kinds: Whether each of its streams carries data or feedback.
+        spec: The form of the inputs in records.
+        start: Positions to start from; partitions absent from it start where the source thinks best.
+        hand_over: Takes a chunk, called on the event loop.
+        revoked: Called on the event loop when partitions go; returns once they are finished with.
+        high: Records of one stream that may wait before it is paused.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        kinds: Mapping[str, Kind],
+        spec: InputSpec,
+        start: Positions,
+        *,
+        hand_over: Callable[[Chunk], object],
+        revoked: Callable[[Sequence[Partition], bool], object],
+        high: int,
+    ) -> None:
+        self._source = source
+        self._kinds = kinds
+        self._spec = spec
+        self._start = start
+        self._hand_over = hand_over
+        self._revoked = revoked
+        self._high = high
+        self._given = dict.fromkeys(source.streams, 0)
+        self._paused: set[str] = set()
+        self._announced: frozenset[Partition] = frozenset()
+        self._commits: deque[Positions] = deque(maxlen=1)
+        self._stop = threading.Event()
+        self.partitions: list[Partition] = []
+        self.committed: Positions = {}
+        self.lag: dict[Partition, int] = {}
+        self.last_poll = 0.0
+        self.seen = 0
+        self.bytes = 0
+
+    # -- the source's questions, on the reader's thread ---------------------------------------------------------
+
+    def assigned(self, partitions: Sequence[Partition]) -> Positions:
+        """See `streams.base.Assignment.assigned`."""
+        self.partitions = sorted({*self.partitions, *partitions})
+        return {p: self._start[p] for p in partitions if p in self._start}
+
+    def revoked(self, partitions: Sequence[Partition], *, lost: bool) -> None:
+        """See `streams.base.Assignment.revoked`."""
+        gone = set(partitions)
+        self.partitions = [p for p in self.partitions if p not in gone]
+        positions = anyio.from_thread.run(self._call_revoked, list(partitions), lost)
+        for partition in partitions:
+            self._start.pop(partition, None)
+            self.lag.pop(partition, None)
+        if not lost and positions:
+            self._source.commit(positions)
+
+    async def _call_revoked(self, partitions: Sequence[Partition], lost: bool) -> Positions:
+        result = self._revoked(partitions, lost)
+        return await result if hasattr(result, "__await__") else {}
+
+    # -- the engine's requests, from any thread -----------------------------------------------------------------
+
+    def commit(self, positions: Positions) -> None:
+        """Have positions committed soon; a newer request replaces an older one."""
+        self._commits.append(positions)
+
+    def stop(self) -> None:
+        """Stop reading; `run` returns after a last commit."""
+        self._stop.set()
+
+    # -- the thread ---------------------------------------------------------------------------------------------
+
+    def open(self) -> None:
+        """Connect and take partitions. Raises as `Source.open` does."""
+        self._source.open(self)
+        self.committed = self._source.committed()
+
+    def run(self, taken: Mapping[str, int]) -> None:
+        """Poll until stopped or until a bounded source has ended; ``taken`` counts what the engine used up."""
+        try:
+            next_look = 0.0
+            while not self._stop.is_set():
+                self._regulate(taken)
+                records = self._source.poll(POLL_RECORDS, POLL_SECONDS)
+                self.last_poll = now = time.monotonic()
+                if records:
+                    self._give(records)
+                self._announce_end()
+                if now >= next_look:
+                    next_look = now + COMMIT_SECONDS
+                    self._commit()
+                    self.lag = self._source.lag()
+            self._commit()
+        finally:
+            self._source.close()
+
+    def _regulate(self, taken: Mapping[str, int]) -> None:
+        """Pause the streams of which too much waits and resume those of which little does."""
+        for stream in self._source.streams:
+            waiting = self._given[stream] - taken[stream]
+            if stream not in self._paused and waiting >= self._high:
+                self._source.pause([stream])
+                self._paused.add(stream)
+            elif stream in self._paused and waiting <= self._high // 2:
+                self._source.resume([stream])
+                self._paused.discard(stream)
+
+    def waiting(self, taken: Mapping[str, int]) -> int:
+        """Records handed over that the engine has not used up."""
+        return sum(self._given[stream] - taken[stream] for stream in self._given)
+
+    @property
+    def paused(self) -> tuple[str, ...]:
+        """Streams that are paused because too much of them waits."""
+        return tuple(sorted(self._paused))
+
+    def _give(self, records: Sequence[Record]) -> None:
+        items: list[Item] = []
+        for stream, part in _by_stream(records):
+            decode = decode_events if self._kinds[stream] is Kind.DATA else decode_feedback
+            good, bad = decode(part, self._spec)
+            items += _in_order(part, good, [Bad(record, error) for record, error in bad]) if bad else good
+            self._given[stream] += len(part)
+            self.bytes += sum([len(record.value) for record in part])
+        self.seen += len(records)
+        anyio.from_thread.run_sync(self._hand_over, Chunk(items))
+
+    def _announce_end(self) -> None:
+        ended = self._source.ended()
+        if ended != self._announced:
+            self._announced = ended
+            anyio.from_thread.run_sync(self._hand_over, Chunk(ended=ended))
+
+    def _commit(self) -> None:
+        if self._commits:
+            try:
+                self._source.commit(self._commits.pop())
+            except StreamUnavailableError:
+                return  # advisory: the next one covers it
+
+
+def _by_stream(records: Sequence[Record]) -> list[tuple[str, Sequence[Record]]]:
+    """Records in runs of one stream each, order kept."""
+    if records[0].stream == records[-1].stream and all(r.stream == records[0].stream for r in records):
+        return [(records[0].stream, records)]
+    parts: list[tuple[str, list[Record]]] = []
+    for record in records:
+        if not parts or parts[-1][0] != record.stream:
+            parts.append((record.stream, []))
+        parts[-1][1].append(record)
+    return list(parts)
+
+
+def _in_order(records: Sequence[Record], good: Sequence[Item], bad: Sequence[Item]) -> list[Item]:
+    """Good and bad items in the order of their records."""
+    found = {item.record[1:3]: item for item in (*good, *bad)}
+    return [found[record[1:3]] for record in records]

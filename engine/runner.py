@@ -1,0 +1,93 @@
+"""The runner: applies cuts to the core, on the one thread that owns the model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from engine.core import Core
+from engine.cutter import Cut, split
+from engine.keeper import Keeper, Snapshot
+from engine.metrics import Metrics
+from engine.writer import Outgoing, Writer
+from streams.base import Positions
+from streams.codec import Event, Feedback
+from streams.journal import Entry, Kind
+
+
+class Runner:
+    """Journals and applies cuts, in order.
+
+    Attributes:
+        positions: The next offset to read of every partition, for what has been applied.
+        batches: Cuts applied by this process.
+        replayed: Of these, cuts repeated from the journal.
+    """
+
+    def __init__(self, core: Core, keeper: Keeper, writer: Writer, metrics: Metrics, positions: Positions) -> None:
+        self.core = core
+        self.keeper = keeper
+        self.writer = writer
+        self.metrics = metrics
+        self.positions = dict(positions)
+        self.batches = 0
+        self.replayed = 0
+        metrics.begin(core)
+
+    def apply(self, cuts: Sequence[Cut]) -> None:
+        """Apply cuts; each is in the journal before anything changes."""
+        for cut in cuts:
+            self._journal(cut)
+            if cut.kind is Kind.DONE:
+                self._done_again()
+            else:
+                self._batch(cut)
+            self.positions.update(cut.positions())
+            self.batches += 1
+        self.metrics.watch(self.core)
+
+    def _journal(self, cut: Cut) -> None:
+        self.keeper.sequence += 1
+        if cut.replayed:
+            self.replayed += 1
+            self.metrics.replayed()
+            return
+        self.keeper.journal.append(Entry(self.keeper.sequence, cut.kind, self.core.watermark, cut.runs))
+
+    def _batch(self, cut: Cut) -> None:
+        good, bad = split(cut.items)
+        positions = cut.positions()
+        if cut.kind is Kind.DATA and good:
+            self._answer([item for item in good if isinstance(item, Event)], bad, positions, cut)
+            return
+        if good:
+            started = time.perf_counter()
+            self.core.feedback([item for item in good if isinstance(item, Feedback)])
+            self.metrics.feedback(good, time.perf_counter() - started)
+        self.writer.put(Outgoing(bad=bad, positions=positions))
+
+    def _answer(self, events: list[Event], bad: Sequence[object], positions: Positions, cut: Cut) -> None:
+        started = time.perf_counter()
+        answers = self.core.answer(events)
+        answered = time.perf_counter()
+        self.writer.put(Outgoing(answers, bad, positions))  # type: ignore[arg-type]
+        put = time.perf_counter()
+        self.core.follow()
+        self.metrics.batch(events, answered - started, time.perf_counter() - put)
+
+    def _done_again(self) -> None:
+        """Repeat a background job where the journal says that it was taken in."""
+        assert self.core.job is not None
+        self.core.learner.run(self.core.job)
+        self.core.done()
+        self.core.make_job()
+
+    def done(self) -> None:
+        """Take in the background job that has just finished. `Core.make_job` is to be called next."""
+        self.keeper.sequence += 1
+        self.keeper.journal.append(Entry(self.keeper.sequence, Kind.DONE, self.core.watermark, ()))
+        self.core.done()
+
+    def snapshot(self) -> Snapshot:
+        """Copy the state of this instant. No background job may be under way."""
+        return self.keeper.snapshot(self.core, self.positions)

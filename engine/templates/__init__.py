@@ -1,0 +1,1 @@
+"""What `adaptd init` writes."""

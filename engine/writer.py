@@ -1,0 +1,212 @@
+"""The writer: one thread that owns the sinks, encodes answers and dead letters, and flushes them.
+
+What is in its queue is bounded; a slow sink makes the engine wait and, in turn, the readers pause. Positions are passed
+on only after everything before them has been flushed, so committed offsets never run ahead of answers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from engine.core import Answers
+from engine.cutter import Bad
+from engine.metrics import Metrics
+from streams.base import Message, Partition, Positions, Sink, StreamUnavailableError
+from streams.codec import Form, dead_letter, encode_predictions
+
+QUEUE_BATCHES = 32
+FLUSH_SECONDS = 0.05
+FLUSH_TIMEOUT_SECONDS = 30.0
+BACKOFF_SECONDS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+
+
+@dataclass(slots=True)
+class Outgoing:
+    """What one cut gives: answers, dead letters and the positions behind it; or a barrier that flushes."""
+
+    answers: Answers | None = None
+    bad: Sequence[Bad] = ()
+    positions: Positions = field(default_factory=dict)
+    barrier: threading.Event | None = None
+
+
+class Writer:
+    """Writes answers and dead letters.
+
+    Args:
+        predictions: Where answers go.
+        dead_letters: Where records that cannot be decoded go; without it the first one stops the daemon's stream.
+        form: The form of answers.
+        flushed: Called on the writer's thread with positions that are safe to commit.
+        metrics: Where to count.
+
+    Attributes:
+        answered: Positions whose answers are out already: records before them are not answered again.
+        waiting_for: What the writer waits for, empty while nothing is in its way.
+        sent: Answers written by this process.
+    """
+
+    def __init__(
+        self,
+        predictions: Sink | None,
+        dead_letters: Sink | None,
+        *,
+        form: Form,
+        flushed: Callable[[Positions], object],
+        metrics: Metrics,
+    ) -> None:
+        self._predictions = predictions
+        self._dead_letters = dead_letters
+        self._form: Form = form
+        self._flushed = flushed
+        self._metrics = metrics
+        self._queue: queue.Queue[Outgoing | None] = queue.Queue(QUEUE_BATCHES)
+        self._positions: Positions = {}
+        self._dirty = False
+        self._abort = threading.Event()
+        self.answered: Mapping[Partition, int] = {}
+        self.waiting_for = ""
+        self.sent = 0
+
+    @property
+    def depth(self) -> int:
+        """Batches in the queue."""
+        return self._queue.qsize()
+
+    def open(self) -> None:
+        """Open the sinks. Raises as `Sink.open` does."""
+        for sink in (self._predictions, self._dead_letters):
+            if sink is not None:
+                sink.open()
+
+    def put(self, item: Outgoing) -> None:
+        """Queue what a cut gives, from any thread; blocks while the queue is full."""
+        while not self._abort.is_set():
+            with contextlib.suppress(queue.Full):
+                self._queue.put(item, timeout=0.5)
+                return
+
+    def wait_flushed(self) -> None:
+        """Block until everything put before is flushed.
+
+        Raises:
+            StreamUnavailableError: If the writer ended before that.
+        """
+        event = threading.Event()
+        self.put(Outgoing(barrier=event))
+        while not event.wait(0.2):
+            if self._abort.is_set() and not event.is_set():
+                raise StreamUnavailableError("the sinks were closed before everything was written")
+
+    def stop(self) -> None:
+        """Have `run` return once everything put before is flushed."""
+        self._queue.put(None)
+
+    def abort(self) -> None:
+        """Have `run` return soon, whatever is left."""
+        self._abort.set()
+
+    def run(self) -> None:
+        """Write until stopped."""
+        try:
+            last_flush = time.monotonic()
+            while not self._abort.is_set():
+                try:
+                    item = self._queue.get(timeout=FLUSH_SECONDS)
+                except queue.Empty:
+                    item = Outgoing()
+                if item is not None:
+                    self._write(item)
+                now = time.monotonic()
+                if item is None or item.barrier is not None or now - last_flush >= FLUSH_SECONDS:
+                    self._flush()
+                    last_flush = now
+                if item is None:
+                    return
+                if item.barrier is not None and not self._dirty:
+                    item.barrier.set()
+        finally:
+            self._abort.set()
+            for sink in (self._predictions, self._dead_letters):
+                if sink is not None:
+                    sink.close()
+
+    def _write(self, item: Outgoing) -> None:
+        started = time.perf_counter()
+        if item.answers is not None and self._predictions is not None:
+            messages = self._encode(item.answers)
+            if messages:
+                self._send(self._predictions, messages)
+                self.sent += len(messages)
+                self._metrics.records_out(self._predictions.name, len(messages))
+        for bad in item.bad:
+            self._bury(bad)
+        if item.positions:
+            self._positions.update(item.positions)
+            self._dirty = True
+            self._metrics.stage("send", time.perf_counter() - started)
+
+    def _encode(self, answers: Answers) -> list[Message]:
+        """Messages for the rows that were not answered before."""
+        events, labels, probabilities = answers.events, answers.labels, answers.probabilities
+        if self.answered:
+            done = self.answered
+            rows = [
+                i for i, e in enumerate(events) if e.record.offset >= done.get((e.record.stream, e.record.partition), 0)
+            ]
+            if len(rows) < len(events):
+                events = [events[i] for i in rows]
+                chosen = np.array(rows, dtype=np.int64)
+                labels, probabilities = labels[chosen], probabilities[chosen]
+        return encode_predictions(
+            [event.id for event in events],
+            labels,
+            probabilities,
+            [event.time for event in events],
+            records=[event.record for event in events],
+            release=answers.release,
+            step=answers.step,
+            form=self._form,
+        )
+
+    def _bury(self, bad: Bad) -> None:
+        record = bad.record
+        if record.offset < self.answered.get((record.stream, record.partition), 0):
+            return
+        self._metrics.dead_letter(str(bad.error.reason))
+        if self._dead_letters is not None:
+            self._send(self._dead_letters, [dead_letter(record, str(bad.error.reason), bad.error.message, "decode")])
+            self._metrics.records_out(self._dead_letters.name, 1)
+
+    def _send(self, sink: Sink, messages: Sequence[Message]) -> None:
+        self._retry(sink, lambda: sink.send(messages))
+
+    def _flush(self) -> None:
+        if not self._dirty:
+            return
+        for sink in (self._predictions, self._dead_letters):
+            if sink is not None:
+                self._retry(sink, lambda sink=sink: sink.flush(FLUSH_TIMEOUT_SECONDS))  # type: ignore[misc]
+        self._dirty = False
+        self._flushed(dict(self._positions))
+
+    def _retry(self, sink: Sink, action: Callable[[], None]) -> None:
+        """Do it, with backoff for as long as the other side does not answer."""
+        attempt = 0
+        while not self._abort.is_set():
+            try:
+                action()
+            except StreamUnavailableError as error:
+                self.waiting_for = f"{sink.name}: {error}"
+                self._abort.wait(BACKOFF_SECONDS[min(attempt, len(BACKOFF_SECONDS) - 1)])
+                attempt += 1
+            else:
+                self.waiting_for = ""
+                return

@@ -1,0 +1,1 @@
+"""Test-time adaptation: one file per method."""

@@ -1,0 +1,243 @@
+"""RoTTA: robust BatchNorm, a class-balanced bank and a time-aware teacher and student."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from kernels import lerp_, softmax_entropy
+from policies.augment import Augmentation, augment
+from policies.interfaces import Adaptation, Batch, Context, Outcome, State, StepKind, Weights, load_weights
+from policies.memory import Bank, Timetable
+from policies.norm import Blending, NormSelection, all_finite
+from policies.optimizers import load_optimizer_state, optimizer_state
+
+NONFINITE_STATISTICS = "nonfinite_statistics"
+"""Statistics of BatchNorm would have become infinite or NaN; they were put back."""
+
+
+_log = logging.getLogger(__name__)
+
+
+class RoTTA(Adaptation):
+    """Adapts on a small bank that is balanced over classes, so that class-correlated streams do no harm.
+
+    Reference: Yuan et al., "Robust test-time adaptation in dynamic scenarios" (CVPR 2023).
+
+    The live model is the teacher; a student of the same shape lives inside the method.
+
+    Equations:
+
+    - Robust BatchNorm, while updating: ``mu_t = (1 - a) mu + a mu_B``, ``v_t = (1 - a) v + a v_B`` (biased); normalise
+      with the blend, let gradients flow through the batch's part, then store it. Otherwise: stored statistics.
+    - The bank keeps ``capacity`` inputs by CSTU, see `policies.memory.Timetable`, under the teacher's pseudo-label and
+      entropy.
+    - After every ``interval`` inputs: teacher on the bank, student on a strongly augmented bank, both updating their
+      statistics; with ages ``a_i`` in units of the capacity and ``E(a) = exp(-a) / (1 + exp(-a))``
+
+          L = (1 / n) sum_i E(a_i) CE(softmax(z_T,i), softmax(z_S,i))
+
+      One Adam step of the student; then ``theta_T <- (1 - nu) theta_T + nu theta_S`` over the adapted parameters.
+      Statistics are not averaged.
+
+    Shapes: inputs ``(B, *shape)``, of one shape throughout, to the teacher's logits ``(B, K)`` of before the update.
+
+    State: the student, the bank's inputs and timetable, Adam's moments, the generator, the number of inputs seen, and
+    rows answered but not yet offered to the bank. The bank holds raw inputs, so a checkpoint does too.
+
+    Deviations: affine parameters of LayerNorm and GroupNorm adapt too (``layers: [batch]`` is the paper's choice).
+    Rows are offered to the bank when `update` runs. A step that is not applied leaves the statistics as they were; one
+    that is not finite also empties the bank. Rows without finite logits are not offered. Augmentation: see
+    `policies.augment.strong_image`. The outcome depends on the order of rows.
+
+    Cost: one forward a batch; per ``interval`` inputs two forwards and one backward on at most ``capacity`` rows,
+    without gradients of frozen weights. Memory: a second model and the bank.
+
+    Raises:
+        PolicyError: If no affine parameter of a normalisation layer is selected, or inputs change their shape.
+    """
+
+    name = "rotta"
+
+    class Params(NormSelection):
+        """Parameters of RoTTA.
+
+        Attributes:
+            capacity: Inputs that the bank holds.
+            interval: Inputs between two updates.
+            nu: Share of the student that the teacher takes on at an update.
+            alpha: Share of the batch in robust BatchNorm (a).
+            lambda_t: Weight of age in the bank's score.
+            lambda_u: Weight of uncertainty in the bank's score.
+            lr: Adam's learning rate.
+            beta1: Adam's first decay; the second is 0.999.
+            augmentation: How the student's view is made, see `policies.augment.augment`.
+            image_noise: Standard deviation of the pixel noise of ``image``.
+            noise: Standard deviation of ``noise`` in units of each feature's own.
+        """
+
+        capacity: int = Field(default=64, ge=1)
+        interval: int = Field(default=64, ge=1)
+        nu: float = Field(default=0.001, ge=0, le=1)
+        alpha: float = Field(default=0.05, ge=0, le=1)
+        lambda_t: float = Field(default=1.0, ge=0)
+        lambda_u: float = Field(default=1.0, ge=0)
+        lr: float = Field(default=1e-3, ge=0)
+        beta1: float = Field(default=0.9, ge=0, lt=1)
+        augmentation: Augmentation = "auto"
+        image_noise: float = Field(default=0.005, ge=0)
+        noise: float = Field(default=0.1, ge=0)
+
+    def __init__(self, params: Params, context: Context) -> None:
+        super().__init__(params, context)
+        self.params = params
+        self._teacher = params.parameters(context.model)
+        self.adapted = frozenset(self._teacher)
+        self._student_model = copy.deepcopy(context.model)
+        for name, parameter in self._student_model.named_parameters():
+            parameter.requires_grad_(name in self.adapted)
+        self._student = params.parameters(self._student_model)
+        self._teacher_norm = Blending(context.model, share=params.alpha, unbiased=False, store=True)
+        self._student_norm = Blending(self._student_model, share=params.alpha, unbiased=False, store=True)
+        self._optimizer = torch.optim.Adam(self._student.values(), lr=params.lr, betas=(params.beta1, 0.999))
+        self._bank = Bank(Timetable(params.capacity, context.num_classes, params.lambda_t, params.lambda_u))
+        self._generator = torch.Generator(context.device).manual_seed(context.seed)
+        self._seen = 0
+        self._waiting: list[tuple[Tensor, Tensor]] = []
+        counts = sum(p.numel() for p in self._student.values()), len(self._student)
+        _log.info("rotta adapts %d values in %d parameters", *counts)
+        self.gauges |= {
+            "adapted_values": counts[0],
+            "bank_rows": 0,
+            "bank_classes": 0,
+            "bank_emptied": 0,
+            "rows_rejected": 0,
+            "loss": 0.0,
+        }
+
+    @torch.no_grad()
+    def _adapt(self, batch: Batch) -> Tensor:
+        logits: Tensor = self.context.model(batch.inputs)
+        entropy, _, label = softmax_entropy(logits)
+        # One tensor, so that `update` fetches it from the device at once.
+        self._waiting.append((batch.inputs, torch.stack([label.double(), entropy.double()])))
+        return logits
+
+    def update(self) -> Outcome | None:
+        """Offer the rows answered since the last call to the bank, one by one, and step whenever a step is due."""
+        waiting, self._waiting = self._waiting, []
+        outcome = None
+        for inputs, judged in waiting:
+            labels, uncertainties = judged.tolist()
+            keep = [row for row, value in enumerate(uncertainties) if math.isfinite(value)]
+            if len(keep) < len(labels):
+                self.gauges["rows_rejected"] += len(labels) - len(keep)
+                inputs = inputs[keep]
+            rows = [(int(labels[row]), uncertainties[row]) for row in keep]
+            outcome = self._offer(inputs, rows) or outcome
+        self.gauges |= {"bank_rows": len(self._bank), "bank_classes": self._bank.timetable.classes()}
+        return outcome
+
+    def _offer(self, inputs: Tensor, rows: list[tuple[int, float]]) -> Outcome | None:
+        """Offer ``inputs`` with their pseudo-labels and entropies; step in between where one is due."""
+        outcome, start = None, 0
+        while start < len(rows):
+            stop = min(len(rows), start + self.params.interval - self._seen % self.params.interval)
+            self._bank.insert(inputs[start:stop], rows[start:stop])
+            self._seen += stop - start
+            start = stop
+            if self._seen % self.params.interval == 0 and len(self._bank):
+                outcome = self._step()
+        return outcome
+
+    def _step(self) -> Outcome:
+        """Update both models' statistics, the student by gradient and the teacher by the student."""
+        statistics = self._teacher_norm.statistics() + self._student_norm.statistics()
+        before = [tensor.clone() for tensor in statistics]
+        loss = self._loss()
+        outcome = Outcome(applied=False, reason=NONFINITE_STATISTICS)
+        if all_finite([*statistics, loss.detach()]):
+            outcome = self.context.stepper.step(self._student_model, self._optimizer, loss, StepKind.ADAPTATION)
+            self.gauges["loss"] = float(loss.detach())
+        if outcome.applied:
+            lerp_(list(self._teacher.values()), list(self._student.values()), self.params.nu)
+            return outcome
+        for tensor, old in zip(statistics, before, strict=True):
+            tensor.copy_(old)
+        if outcome.reason.startswith("nonfinite"):
+            # Whatever did it sits in the bank and would do it again.
+            self._bank.clear()
+            self.gauges["bank_emptied"] += 1
+        return outcome
+
+    def _loss(self) -> Tensor:
+        """The weighted cross-entropy between teacher and student on the bank."""
+        inputs = self._bank.inputs
+        with torch.no_grad(), self._teacher_norm.active():
+            target = self.context.model(inputs).softmax(1)
+        view = augment(
+            self.params.augmentation,
+            inputs,
+            self._generator,
+            image_noise=self.params.image_noise,
+            noise=self.params.noise,
+        )
+        with torch.enable_grad(), self._student_norm.active():
+            cross_entropy = -(target * self._student_model(view).log_softmax(1)).sum(1)
+            loss: Tensor = (timeliness(self._bank.ages()) * cross_entropy).mean()
+        return loss
+
+    @torch.no_grad()
+    def learned(self, before: Weights, after: Weights) -> None:
+        """Move the student as the teacher was moved."""
+        student = self._student_model.state_dict()
+        for name, new in after.items():
+            if name in self.adapted:
+                student[name].add_(new - before[name])
+            else:
+                student[name].copy_(new)
+
+    def reset(self) -> None:
+        """Return teacher and student to the source model and forget everything."""
+        super().reset()
+        load_weights(self._student_model, self.context.source.state_dict())
+        self._optimizer.state.clear()
+        self._bank.clear()
+        self._generator.manual_seed(self.context.seed)
+        self._seen = 0
+        self._waiting = []
+
+    def detach(self) -> None:
+        """Put the original BatchNorm layers back."""
+        self._teacher_norm.undo()
+
+    def state_dict(self) -> State:
+        """The student, the bank, the optimizer, the generator and the counter."""
+        return {
+            "student": self._student_model.state_dict(),
+            "optimizer": optimizer_state(self._optimizer, self._student),
+            "bank": self._bank.state_dict(),
+            "generator": self._generator.get_state(),
+            "seen": self._seen,
+            "waiting": [{"inputs": inputs, "judged": judged} for inputs, judged in self._waiting],
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        """Take over a copy of a state."""
+        device = self.context.device
+        load_weights(self._student_model, state["student"])
+        load_optimizer_state(self._optimizer, self._student, state["optimizer"])
+        self._bank.load_state_dict(state["bank"], device)
+        self._generator.set_state(state["generator"].cpu())
+        self._seen = state["seen"]
+        self._waiting = [(row["inputs"].to(device), row["judged"].to(device)) for row in state["waiting"]]
+
+
+def timeliness(ages: Tensor) -> Tensor:
+    """Weights ``E(a) = exp(-a) / (1 + exp(-a))`` in (0, 1/2] of ages ``(n,)`` in units of the bank's capacity."""
+    return torch.sigmoid(-ages)

@@ -1,0 +1,1 @@
+"""Ways to combine weights into a release, one file each."""

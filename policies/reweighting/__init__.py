@@ -1,0 +1,1 @@
+"""Sample weights, one file per family."""

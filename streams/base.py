@@ -1,0 +1,156 @@
+"""The promises between the engine and the outside: records, positions, sources and sinks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+Partition = tuple[str, int]
+"""A partition of a named stream: ``(stream, number)``."""
+
+Positions = dict[Partition, int]
+"""The next offset to read, by partition."""
+
+Headers = tuple[tuple[str, bytes], ...]
+
+
+class StreamError(Exception):
+    """A stream cannot be used; the message names it and says what to do. Retrying does not help."""
+
+
+class StreamUnavailableError(StreamError):
+    """The other side does not answer at present; the caller retries with backoff."""
+
+
+class Record(NamedTuple):
+    """What a stream carries."""
+
+    stream: str
+    partition: int
+    offset: int
+    """Position of this record inside its partition; offsets increase and may have gaps."""
+    end: int
+    """Position after this record: where reading goes on."""
+    timestamp: float
+    """Seconds since the epoch as the stream recorded it; NaN where the stream has none."""
+    key: bytes | None
+    value: bytes
+    headers: Headers = ()
+
+    @property
+    def id(self) -> str:
+        """The deterministic id ``stream-partition-offset``."""
+        return f"{self.stream}-{self.partition}-{self.offset}"
+
+
+class Message(NamedTuple):
+    """What goes to a sink."""
+
+    key: bytes | None
+    value: bytes
+    headers: Headers = ()
+
+
+class Assignment(Protocol):
+    """What a source asks and tells while partitions come and go. Called on the thread that polls."""
+
+    def assigned(self, partitions: Sequence[Partition]) -> Positions:
+        """Return where to start; an absent partition starts where `Source.committed` says, else at its beginning."""
+        ...
+
+    def revoked(self, partitions: Sequence[Partition], *, lost: bool) -> None:
+        """Finish with the partitions. ``lost`` means that they belong to somebody else already: commit nothing."""
+        ...
+
+
+class Source(Protocol):
+    """Reads records of one or more streams through one client.
+
+    A source is used by one thread at a time. Offsets of a partition come in increasing order; nothing is
+    promised about the order between partitions.
+    """
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """Names of the streams that this source reads."""
+        ...
+
+    @property
+    def bounded(self) -> bool:
+        """Whether the source ends by itself (a file read to its end)."""
+        ...
+
+    def open(self, assignment: Assignment) -> None:
+        """Connect and take partitions.
+
+        Raises:
+            StreamUnavailableError: The other side does not answer; `open` may be called again.
+            StreamError: The stream does not exist or cannot be read.
+        """
+        ...
+
+    def poll(self, max_records: int, timeout: float) -> Sequence[Record]:
+        """Return up to ``max_records`` records; wait ``timeout`` seconds for the first. Keeps the client alive."""
+        ...
+
+    def ended(self) -> frozenset[Partition]:
+        """Partitions of bounded streams that have been read to their end; every record of them has been given."""
+        ...
+
+    def pause(self, streams: Sequence[str]) -> None:
+        """Give no more records of these streams until `resume`; `poll` goes on and keeps the client alive."""
+        ...
+
+    def resume(self, streams: Sequence[str]) -> None:
+        """Give records of these streams again."""
+        ...
+
+    def commit(self, positions: Mapping[Partition, int]) -> None:
+        """Remember that everything before these positions is answered. Advisory: a checkpoint outranks it."""
+        ...
+
+    def committed(self) -> Positions:
+        """The positions last committed, as far as known, for the partitions now assigned."""
+        ...
+
+    def lag(self) -> dict[Partition, int]:
+        """Records (bytes, for files) between the position of `poll` and the end of each partition, if known."""
+        ...
+
+    def close(self) -> None:
+        """Leave. Safe to call twice and before `open`."""
+        ...
+
+
+class Sink(Protocol):
+    """Writes messages. Used by one thread at a time."""
+
+    @property
+    def name(self) -> str:
+        """The stream written to."""
+        ...
+
+    def open(self) -> None:
+        """Connect. Raises as `Source.open` does."""
+        ...
+
+    def send(self, messages: Sequence[Message]) -> None:
+        """Accept messages in order; they may rest in a buffer until `flush`. Blocks while a full buffer drains.
+
+        Raises:
+            StreamUnavailableError: Nothing could be handed over within the sink's own time limit.
+            StreamError: A message cannot ever be written (too large, refused).
+        """
+        ...
+
+    def flush(self, timeout: float) -> None:
+        """Return once everything sent is durable on the other side.
+
+        Raises:
+            StreamUnavailableError: That did not happen within ``timeout`` seconds.
+        """
+        ...
+
+    def close(self) -> None:
+        """Flush what is left, as far as possible, and leave. Safe to call twice."""
+        ...

@@ -1,0 +1,341 @@
+"""Records out of Kafka: positions that are given, never guessed, and partitions that change hands safely.
+
+Fetches start only from `KafkaConsumer.poll`, so a partition without a position is harmless until then: it gets its
+position before the first poll that could read it, and an implicit "earliest" or "latest" never exists.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from kafka import KafkaConsumer, TopicPartition, errors
+
+from streams.base import Assignment, Partition, Positions, Record, StreamError, StreamUnavailableError
+from streams.kafka_client import as_stream_error, connect, explain, partition_counts
+from streams.kafka_commits import Commits
+from streams.kafka_rebalance import HandoverError, HandoverListener, check_together
+from streams.kafka_settings import KafkaSettings
+from streams.kafka_sink import KafkaClient, KafkaSink
+
+__all__ = ["KafkaClient", "KafkaSettings", "KafkaSink", "KafkaSource"]
+
+_PASSING = (
+    errors.RetriableError,
+    errors.CommitFailedError,
+    errors.IllegalGenerationError,
+    errors.RebalanceInProgressError,
+    errors.UnknownMemberIdError,
+)
+"""Errors of `poll` that the client gets over by itself, by asking again or by joining its group again."""
+
+_PLACING_TIMEOUT = 2.0
+"""Seconds that one `poll` may take to find out where newly assigned partitions start; the next one tries again."""
+
+_GROWTH_INTERVAL = 60.0
+"""Seconds between two looks for partitions that were added to a topic."""
+
+
+class KafkaSource:
+    """Reads topics through one consumer; implements `streams.base.Source`.
+
+    With ``assignment="static"`` all partitions of all topics are read, also those added later, and nobody else is
+    asked; ``group`` is then only the name under which offsets are committed. With ``"group"`` the members of the
+    group share the partitions by range, so that partition 3 of every topic is with the same member; therefore the
+    topics must have equally many partitions.
+
+    `poll` calls `Assignment`, in group mode and where a topic grows. Leaving by `close` is no revocation: whoever
+    closes has finished already. Outages are the client's business: `poll` returns nothing until they end, and
+    `last_error` tells about them.
+    """
+
+    def __init__(
+        self,
+        topics: Sequence[str],
+        settings: KafkaSettings,
+        *,
+        group: str | None = None,
+        assignment: Literal["static", "group"] = "static",
+    ) -> None:
+        """Prepare; nothing is connected before `open`.
+
+        Args:
+            topics: What to read.
+            settings: How to reach the cluster.
+            group: Where offsets are committed; none commits nothing.
+            assignment: Whether to take all partitions or to share them.
+
+        Raises:
+            StreamError: ``topics`` or ``group`` make no sense.
+        """
+        if not topics or len(set(topics)) < len(topics):
+            raise StreamError(f"topics must be named, each once; got {list(topics)}")
+        if assignment == "group" and group is None:
+            raise StreamError("partitions can be shared only in a group: name it in streams.kafka.group")
+        self.settings = settings
+        self.last_error: str | None = None
+        """What the client last reported and got over by itself."""
+        self.commits = Commits(settings.timeout)
+        """How committing goes: failures and the last error."""
+        self.rebalances = 0
+        """Times that partitions were taken away."""
+        self._topics = tuple(topics)
+        self._group = group
+        self._shared = assignment == "group"
+        self._listener = HandoverListener()
+        self._consumer: Any = None
+        self._assignment: Assignment | None = None
+        self._owned: set[Partition] = set()
+        self._unplaced: list[TopicPartition] = []
+        self._paused: set[str] = set()
+        self._next_look = 0.0
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """The topics."""
+        return self._topics
+
+    @property
+    def bounded(self) -> bool:
+        """Never: a topic has no end."""
+        return False
+
+    def open(self, assignment: Assignment) -> None:
+        """Connect; static partitions are taken at once, those of a group as `poll` goes on.
+
+        Raises:
+            StreamUnavailableError: No broker answers; `open` may be called again.
+            StreamError: A topic is missing or forbidden, a start position is gone, or the topics of a group have
+                unequal numbers of partitions.
+        """
+        if self._consumer is not None:
+            return
+        counts = partition_counts(self.settings, self._topics)
+        if self._shared and len(set(counts.values())) > 1:
+            told = ", ".join(f"{topic} has {count}" for topic, count in counts.items())
+            raise StreamError(
+                f"topics that a group reads together need equally many partitions, but {told}: add partitions to the"
+                " smaller one, or read with static assignment"
+            )
+        config = self.settings.consumer_config(group=self._group)
+        self._consumer = connect(KafkaConsumer, config)
+        self._assignment = assignment
+        try:
+            self._take(counts)
+        except errors.KafkaError as error:
+            self.close()
+            raise as_stream_error(error, f"opening {', '.join(self._topics)}") from error
+        except BaseException:
+            self.close()
+            raise
+
+    def _take(self, counts: Mapping[str, int]) -> None:
+        partitions = [TopicPartition(topic, n) for topic, count in counts.items() for n in range(count)]
+        if self._shared:
+            self._consumer.subscribe(topics=self._topics, listener=self._listener)
+            # Waits for the topics' metadata. A member that joins without it and becomes the leader gives everybody
+            # nothing, only to start another rebalance when the metadata comes.
+            self._consumer.beginning_offsets(partitions, timeout_ms=round(self.settings.timeout * 1000))
+            return
+        self._next_look = time.monotonic() + _GROWTH_INTERVAL
+        self._consumer.assign(partitions)
+        self._unplaced = partitions
+        self._place(self.settings.timeout)
+
+    def poll(self, max_records: int, timeout: float) -> Sequence[Record]:
+        """Return up to ``max_records`` records; wait up to ``timeout`` seconds for the first.
+
+        Raises:
+            StreamError: Reading cannot go on: a position is gone, permission was withdrawn, a record is damaged.
+        """
+        consumer = self._opened()
+        try:
+            if self._unplaced:
+                self._place(min(_PLACING_TIMEOUT, self.settings.timeout))
+            elif not self._shared:
+                self._look_for_growth()
+            fetched = consumer.poll(timeout_ms=round(timeout * 1000), max_records=max_records)
+            self.commits.send(consumer)
+        except errors.KafkaError as error:
+            self._recover(error, timeout)
+            return ()
+        return _records(fetched)
+
+    def ended(self) -> frozenset[Partition]:
+        """No topic ever ends."""
+        return frozenset()
+
+    def pause(self, streams: Sequence[str]) -> None:
+        """Give no more records of these topics; partitions assigned later are paused as well."""
+        self._paused.update(streams)
+        self._apply_pause()
+
+    def resume(self, streams: Sequence[str]) -> None:
+        """Give records of these topics again."""
+        self._paused.difference_update(streams)
+        self._apply_pause()
+
+    def commit(self, positions: Mapping[Partition, int]) -> None:
+        """Commit in the background; positions of partitions that are not ours any more are left out.
+
+        One commit is under way at a time; what comes meanwhile goes out together with the next `poll` after it.
+        One that fails is counted and tried again. Without a group this does nothing.
+        """
+        if self._group is None or self._consumer is None:
+            return
+        self.commits.want(positions)
+        try:
+            self.commits.send(self._consumer)
+        except errors.KafkaError as error:
+            self.commits.failed(error)
+
+    def committed(self) -> Positions:
+        """The positions last committed for the partitions now assigned, as the cluster has confirmed them."""
+        return dict(self.commits.stored)
+
+    def lag(self) -> dict[Partition, int]:
+        """Records between the position of `poll` and the end of each partition as of its last fetch."""
+        consumer = self._consumer
+        if consumer is None or self._unplaced:
+            return {}
+        lags = {}
+        for partition in self._owned & {tuple(tp) for tp in consumer.assignment()}:
+            tp = TopicPartition(*partition)
+            end = consumer.highwater(tp)
+            position = consumer.position(tp, timeout_ms=0)
+            if end is not None and position is not None:
+                lags[partition] = max(0, end - position)
+        return lags
+
+    def close(self) -> None:
+        """Commit what is not committed yet, leave the group and disconnect, within ``settings.timeout`` seconds."""
+        consumer, self._consumer = self._consumer, None
+        if consumer is None:
+            return
+        half = self.settings.timeout / 2
+        self.commits.finish(consumer, half)
+        self._let_go()
+        try:
+            consumer.close(autocommit=False, timeout_ms=round(half * 1000))
+        except errors.KafkaError as error:
+            self.last_error = explain(error)
+
+    def _opened(self) -> Any:
+        if self._consumer is None:
+            raise StreamError(f"the source of {', '.join(self._topics)} is not open")
+        return self._consumer
+
+    def _apply_pause(self) -> None:
+        consumer = self._consumer
+        if consumer is None:
+            return
+        for tp in consumer.assignment():
+            (consumer.pause if tp.topic in self._paused else consumer.resume)(tp)
+
+    def _recover(self, error: Exception, timeout: float) -> None:
+        """Do what an error out of `poll` asks for; raise where reading cannot go on."""
+        if isinstance(error.__cause__, HandoverError):
+            self._hand_over(error.__cause__)
+        elif isinstance(error, errors.OffsetOutOfRangeError):
+            raise self._out_of_range(error) from error
+        elif not isinstance(error, _PASSING):
+            raise as_stream_error(error, f"reading {', '.join(self._topics)}") from error
+        else:
+            self.last_error = explain(error)
+            time.sleep(min(timeout, 0.1))  # such an error comes at once; do not spin on it
+
+    def _hand_over(self, handover: HandoverError) -> None:
+        if handover.kind == "assigned":
+            check_together(self._topics, handover.partitions)
+            self._unplaced = handover.partitions
+            return
+        self.rebalances += 1
+        lost = handover.kind == "lost"
+        if self._assignment is not None:
+            self._assignment.revoked(sorted(self._owned), lost=lost)
+        if not lost:
+            self.commits.finish(self._consumer, self.settings.timeout)
+        self._let_go()
+
+    def _let_go(self) -> None:
+        self._owned.clear()
+        self._unplaced = []
+        self.commits.disown()
+        self._listener.holding = False
+
+    def _place(self, timeout: float) -> None:
+        """Give each new partition its start position; asks the cluster first, so that trying again is harmless."""
+        consumer, partitions, milliseconds = self._consumer, self._unplaced, round(timeout * 1000)
+        earliest = consumer.beginning_offsets(partitions, timeout_ms=milliseconds)
+        stored: Positions = {}
+        if self._group is not None:
+            for tp in partitions:
+                offset = consumer.committed(tp, timeout_ms=milliseconds)
+                if offset is not None:
+                    stored[tuple(tp)] = offset
+        self._unplaced = []
+        self._owned.update(tuple(tp) for tp in partitions)
+        self.commits.own(self._owned, stored)
+        self._listener.holding = bool(self._owned)
+        assert self._assignment is not None
+        given = self._assignment.assigned([tuple(tp) for tp in partitions])
+        for tp in partitions:
+            start = given.get(tp, stored.get(tp, earliest[tp]))
+            if start < earliest[tp]:
+                raise StreamError(_gone(tp, start, earliest[tp]))
+            consumer.seek(tp, start)
+        self._apply_pause()
+
+    def _look_for_growth(self) -> None:
+        """Take partitions that were added to a topic; the client's metadata is at most five minutes old."""
+        if time.monotonic() < self._next_look:
+            return
+        self._next_look = time.monotonic() + _GROWTH_INTERVAL
+        known = {TopicPartition(topic, n) for topic in self._topics for n in self._consumer.partitions_for_topic(topic)}
+        new = sorted(known - self._owned)
+        if new:
+            self._consumer.assign([*self._consumer.assignment(), *new])
+            self._unplaced = new
+            self._place(min(_PLACING_TIMEOUT, self.settings.timeout))
+
+    def _out_of_range(self, error: Exception) -> StreamError:
+        tp, offset = next(iter(error.args[0].items()))
+        milliseconds = round(self.settings.timeout * 1000)
+        try:
+            earliest = self._consumer.beginning_offsets([tp], timeout_ms=milliseconds)[tp]
+            end = self._consumer.end_offsets([tp], timeout_ms=milliseconds)[tp]
+        except errors.KafkaError:
+            return StreamUnavailableError(f"offset {offset} of {tp.topic}-{tp.partition} is out of range")
+        if offset < earliest:
+            return StreamError(_gone(tp, offset, earliest))
+        return StreamError(
+            f"offset {offset} of {tp.topic}-{tp.partition} lies past its end {end}: the topic was made anew or this is"
+            " another cluster. Use the cluster that the position is of, or begin with a fresh state directory and group"
+        )
+
+
+def _gone(tp: TopicPartition, offset: int, earliest: int) -> str:
+    return (
+        f"offset {offset} of {tp.topic}-{tp.partition} is gone, the earliest is {earliest}: restore a checkpoint whose"
+        f" positions are still kept, or begin at {earliest} with a fresh state directory and group and do without the"
+        f" {earliest - offset} records between, or keep records longer (retention.ms, retention.bytes of the topic)"
+    )
+
+
+def _records(fetched: Mapping[TopicPartition, Sequence[Any]]) -> list[Record]:
+    return [
+        Record(
+            tp.topic,
+            tp.partition,
+            r.offset,
+            r.offset + 1,
+            r.timestamp / 1000 if r.timestamp >= 0 else math.nan,
+            r.key,
+            r.value if r.value is not None else b"",
+            tuple((name, content or b"") for name, content in r.headers) if r.headers else (),
+        )
+        for tp, records in fetched.items()
+        for r in records
+    ]

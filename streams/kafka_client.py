@@ -1,0 +1,134 @@
+"""What the Kafka source and sink share: connecting without leaks, topics as they are, errors as sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from kafka import KafkaAdminClient, errors
+from kafka.net.compat import KafkaNetClient
+from kafka.net.manager import KafkaConnectionManager
+from kafka.net.selector import NetworkSelector
+
+from streams.base import StreamError, StreamUnavailableError
+from streams.kafka_settings import KafkaSettings
+
+_UNKNOWN_TOPIC = errors.UnknownTopicOrPartitionError.errno
+_FORBIDDEN_TOPIC = errors.TopicAuthorizationFailedError.errno
+
+
+class _Connections(KafkaConnectionManager):  # type: ignore[misc]  # kafka-python has no types
+    """Remembers why the last connection failed.
+
+    kafka-python logs a wrong password or an untrusted certificate, tries again until its time is over, and then only
+    says that it could not bootstrap.
+    """
+
+    cause: Exception | None = None
+
+    def get_connection(self, node_id: object, *args: Any, **options: Any) -> Any:
+        """Return the connection to a node; watch those that are new."""
+        known = node_id in self._conns
+        connection = super().get_connection(node_id, *args, **options)
+        if not known:
+            connection.init_future.add_errback(self._remember)
+        return connection
+
+    def _remember(self, error: Exception) -> None:
+        # After a refused password the next attempts may find the connection merely closed.
+        if not isinstance(self.cause, errors.SaslAuthenticationFailedError):
+            self.cause = error
+
+
+def explain(error: Exception) -> str:
+    """Return one line for an error of kafka-python; its class where it has no text of its own."""
+    text = " ".join(str(part) for part in error.args) or (error.__doc__ or "")
+    name = type(error).__name__
+    line = " ".join(text.split())[:300]
+    return f"{name}: {line}" if line and line != name else name
+
+
+def as_stream_error(error: Exception, what: str) -> StreamError:
+    """Return the error to raise for one of kafka-python: unavailable where waiting may help, final where not."""
+    if isinstance(error, errors.AuthorizationError | errors.SaslAuthenticationFailedError):
+        return StreamError(f"{what}: the cluster does not permit it ({explain(error)}); check the user and its ACLs")
+    if isinstance(error, errors.RetriableError):
+        return StreamUnavailableError(f"{what}: no answer from the cluster at present ({explain(error)})")
+    return StreamError(f"{what}: {explain(error)}")
+
+
+def connect(factory: Callable[..., Any], config: Mapping[str, Any]) -> Any:
+    """Return ``factory(**config)``, a client of kafka-python that has reached the cluster.
+
+    A client that does not get through its constructor has no handle left to close it by, while its I/O thread
+    lives on; so the network part is made here and closed here.
+
+    Raises:
+        StreamUnavailableError: No broker answered within the time that ``config`` gives.
+        StreamError: The cluster refused us, or kafka-python refused a setting.
+    """
+    made: list[KafkaNetClient] = []
+    connections: list[_Connections] = []
+
+    def network(**settings: Any) -> KafkaNetClient:
+        net = NetworkSelector(**settings)
+        connections.append(_Connections(net, **settings))
+        made.append(KafkaNetClient(net=net, manager=connections[-1], **settings))
+        return made[-1]
+
+    try:
+        return factory(**config, kafka_client=network)
+    except Exception as error:
+        for client in made:
+            client.close()
+        cause = connections[-1].cause if connections else None
+        raise _refusal(error, cause, config) from error
+
+
+def _refusal(error: Exception, cause: Exception | None, config: Mapping[str, Any]) -> Exception:
+    servers = ", ".join(config["bootstrap_servers"])
+    if isinstance(cause, errors.SaslAuthenticationFailedError):
+        return as_stream_error(cause, f"connecting to {servers}")
+    if isinstance(error, errors.KafkaTimeoutError):
+        told = f" ({explain(cause)})" if cause else ""
+        if told and config["security_protocol"].startswith("SASL"):
+            # The broker says no and closes; kafka-python may see the closed connection first and drop the words.
+            told += "; a broker that closes the connection may be refusing the user or its password"
+        return StreamUnavailableError(f"no broker at {servers} answers{told}")
+    if isinstance(error, errors.KafkaError):
+        return as_stream_error(error, f"connecting to {servers}")
+    if isinstance(error, ValueError | TypeError | RuntimeError | AssertionError | OSError):
+        return StreamError(f"kafka-python refuses its settings: {error}")
+    return error
+
+
+def partition_counts(settings: KafkaSettings, topics: Sequence[str]) -> dict[str, int]:
+    """Ask the cluster how many partitions each topic has.
+
+    Raises:
+        StreamUnavailableError: No broker answered.
+        StreamError: A topic does not exist or may not be read.
+    """
+    config = settings.admin_config()
+    admin = connect(KafkaAdminClient, config)
+    try:
+        described = admin.describe_topics(list(topics))
+    except errors.KafkaError as error:
+        raise as_stream_error(error, f"asking {settings.servers} for topics") from error
+    finally:
+        admin.close()
+    counts: dict[str, int] = {}
+    for topic in described:
+        name, code = topic["name"], topic["error_code"]
+        if code == _UNKNOWN_TOPIC:
+            raise StreamError(f"topic {name} does not exist on {settings.servers}: make it, or correct its name")
+        if code == _FORBIDDEN_TOPIC:
+            raise StreamError(f"topic {name}: the cluster does not let {_user(settings)} see it; check its ACLs")
+        if code:
+            raise as_stream_error(errors.for_code(code)(), f"topic {name}")
+        counts[name] = len(topic["partitions"])
+    return counts
+
+
+def _user(settings: KafkaSettings) -> str:
+    return settings.sasl_plain_username or "this client"

@@ -1,0 +1,254 @@
+"""Answers and dead letters into Kafka: idempotent, in order, never dropped by the client."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+from kafka import KafkaProducer, errors
+from kafka.partitioner import StickyPartitioner
+from kafka.partitioner.default import murmur2
+
+from streams.base import Message, StreamError, StreamUnavailableError
+from streams.kafka_client import as_stream_error, connect, explain, partition_counts
+from streams.kafka_settings import KafkaSettings
+
+_RECORD_OVERHEAD = 128
+"""Bytes that a record and its batch may cost beside key, value and headers."""
+
+_TOO_LARGE = (errors.MessageSizeTooLargeError, errors.RecordListTooLargeError)
+
+_hash = lru_cache(maxsize=16_384)(murmur2)
+
+
+class KeyPartitioner(StickyPartitioner):  # type: ignore[misc]  # kafka-python has no types
+    """The partition that Kafka's own clients choose: murmur2 of the key; without a key, one partition per batch.
+
+    The hash is pure Python in kafka-python, so that of recent keys is remembered.
+    """
+
+    def partition(
+        self,
+        topic: str,
+        key: bytes | None,
+        serialized_key: bytes | None,
+        value: bytes | None,
+        serialized_value: bytes | None,
+        cluster: Any,
+    ) -> int | None:
+        """Return the number of the partition for one record, or none where the topic is unknown."""
+        if serialized_key is None:
+            chosen: int | None = super().partition(topic, key, None, value, serialized_value, cluster)
+            return chosen
+        known = cluster.partitions_for_topic(topic)
+        return (_hash(serialized_key) & 0x7FFFFFFF) % len(known) if known else None
+
+
+class KafkaClient:
+    """One `KafkaProducer` for all sinks of a process: one connection per broker, batches shared.
+
+    The producer is made by the first `acquire` and closed by the last `release`; both may come from any thread.
+    """
+
+    def __init__(self, settings: KafkaSettings) -> None:
+        self.settings = settings
+        self._lock = threading.Lock()
+        self._users = 0
+        self._producer: Any = None
+
+    def acquire(self) -> Any:
+        """Return the producer.
+
+        Raises:
+            StreamUnavailableError: No broker answers.
+            StreamError: The cluster refuses us.
+        """
+        with self._lock:
+            if self._producer is None:
+                config = self.settings.producer_config() | {"partitioner": KeyPartitioner()}
+                self._producer = connect(KafkaProducer, config)
+            self._users += 1
+            return self._producer
+
+    def release(self, timeout: float) -> None:
+        """Give the producer back; the last one out closes it within about ``timeout`` seconds."""
+        with self._lock:
+            self._users -= 1
+            if self._users > 0:
+                return
+            producer, self._producer = self._producer, None
+        try:
+            producer.close(timeout=timeout)
+        except errors.KafkaTimeoutError:
+            # `close` gives up at its own flush and leaves the sending thread at work; only the sender can drop batches.
+            producer._sender.force_close()  # noqa: SLF001
+            producer.close(timeout=1)
+
+
+class KafkaSink:
+    """Writes messages to one topic; implements `streams.base.Sink`.
+
+    Messages stay in the client until every in-sync replica has them, however long an outage lasts: a batch is
+    never dropped, so none overtakes another of its partition and none is written twice. ``max_pending`` bounds
+    what waits, since kafka-python bounds it by nothing. `send` takes all of its messages or none; with more of
+    them than ``max_pending`` it waits until nothing else is pending.
+    """
+
+    def __init__(
+        self,
+        topic: str,
+        settings: KafkaSettings,
+        *,
+        client: KafkaClient | None = None,
+        max_pending: int = 10_000,
+        send_timeout: float = 30.0,
+    ) -> None:
+        """Prepare; nothing is connected before `open`.
+
+        Args:
+            topic: Where to write; it must exist.
+            settings: How to reach the cluster.
+            client: The producer to share with other sinks; none makes one of its own.
+            max_pending: Unconfirmed messages at most.
+            send_timeout: Seconds that `send` may wait for room.
+        """
+        self.topic = topic
+        self.settings = settings
+        self.max_pending = max_pending
+        self.send_timeout = send_timeout
+        self._client = client or KafkaClient(settings)
+        self._producer: Any = None
+        self._pending: deque[tuple[Any, int]] = deque()
+        self._limit = 0
+
+    @property
+    def name(self) -> str:
+        """The topic."""
+        return self.topic
+
+    @property
+    def pending(self) -> int:
+        """Messages that the cluster has not confirmed yet, as of the last call."""
+        return len(self._pending)
+
+    def open(self) -> None:
+        """Connect and look the topic up.
+
+        Raises:
+            StreamUnavailableError: No broker answers; `open` may be called again.
+            StreamError: The topic does not exist, or we may not use it.
+        """
+        if self._producer is not None:
+            return
+        partition_counts(self.settings, [self.topic])
+        producer = self._client.acquire()
+        try:
+            producer.partitions_for(self.topic)
+        except errors.KafkaError as error:
+            self._client.release(0)
+            raise as_stream_error(error, f"topic {self.topic}") from error
+        self._limit = int(producer.config["max_request_size"]) - _RECORD_OVERHEAD
+        self._producer = producer
+
+    def send(self, messages: Sequence[Message]) -> None:
+        """Hand messages over in order; they are durable after `flush`.
+
+        Raises:
+            StreamUnavailableError: No room within ``send_timeout``; none of the messages was taken.
+            StreamError: A message is too large, or the cluster refused an earlier one.
+        """
+        producer = self._opened()
+        sizes = [_size(message) for message in messages]
+        for message, size in zip(messages, sizes, strict=True):
+            if size > self._limit:
+                raise self._too_large(size, message)
+        self._make_room(len(messages))
+        topic, hand_over, keep = self.topic, producer.send, self._pending.append
+        for (key, value, headers), size in zip(messages, sizes, strict=True):
+            try:
+                keep((hand_over(topic, value, key, list(headers) if headers else None), size))
+            except errors.KafkaError as error:
+                raise as_stream_error(error, f"writing to {topic}") from error
+
+    def flush(self, timeout: float) -> None:
+        """Return once the cluster has confirmed everything sent.
+
+        Raises:
+            StreamUnavailableError: Not within ``timeout`` seconds; the messages stay, flush again.
+            StreamError: The cluster refused a message.
+        """
+        self._opened()
+        self._settle(0, time.monotonic() + timeout)
+
+    def close(self) -> None:
+        """Flush for at most ``settings.timeout`` seconds and leave; what is unconfirmed then is given up."""
+        producer, self._producer = self._producer, None
+        if producer is None:
+            return
+        deadline = time.monotonic() + self.settings.timeout
+        try:
+            self._settle(0, deadline)
+        except StreamError:
+            self._pending.clear()
+        finally:
+            self._client.release(max(0.0, deadline - time.monotonic()))
+
+    def _opened(self) -> Any:
+        if self._producer is None:
+            raise StreamError(f"the sink of topic {self.topic} is not open")
+        return self._producer
+
+    def _make_room(self, count: int) -> None:
+        self._settle(max(0, self.max_pending - count), time.monotonic() + self.send_timeout)
+
+    def _settle(self, allowed: int, deadline: float) -> None:
+        """Drop confirmed messages from the front until at most ``allowed`` are pending; wait where that needs it."""
+        pending = self._pending
+        while pending:
+            future, size = pending[0]
+            if not future.is_done:
+                if len(pending) <= allowed:
+                    return
+                self._wait(future, deadline)
+            pending.popleft()
+            if future.failed():
+                raise self._refused(future.exception, size)
+
+    def _wait(self, future: Any, deadline: float) -> None:
+        try:
+            future.get(timeout=max(0.0, deadline - time.monotonic()))
+        except errors.KafkaError as error:
+            if not future.is_done:
+                raise StreamUnavailableError(
+                    f"topic {self.topic}: {len(self._pending)} messages wait for a broker to confirm them"
+                ) from error
+
+    def _refused(self, error: Exception, size: int) -> StreamError:
+        if isinstance(error, _TOO_LARGE):
+            return StreamError(
+                f"topic {self.topic} refuses a message of {size} bytes: raise max.message.bytes of the topic"
+                " (message.max.bytes of the broker), or send less"
+            )
+        if isinstance(error, errors.AuthorizationError):
+            return as_stream_error(error, f"writing to {self.topic}")
+        return StreamError(f"topic {self.topic} lost a message that was sent: {explain(error)}")
+
+    def _too_large(self, size: int, message: Message) -> StreamError:
+        key = "no key" if message.key is None else f"a key of {len(message.key)} bytes"
+        return StreamError(
+            f"a message of {size} bytes ({key}) is too large for topic {self.topic}: the limit here is"
+            f" max_request_size = {self._limit + _RECORD_OVERHEAD} (raise it in extra), that of the topic is"
+            " max.message.bytes"
+        )
+
+
+def _size(message: Message) -> int:
+    key, value, headers = message
+    size = len(value) + (len(key) if key else 0)
+    if headers:
+        size += sum(len(name) + len(content) + 10 for name, content in headers)
+    return size

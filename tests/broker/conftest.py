@@ -1,0 +1,121 @@
+"""A real Kafka for the tests in this folder; they are skipped, with the reason, where none can be had."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from kafka import KafkaAdminClient
+from kafka.admin import NewTopic
+
+from streams.kafka import KafkaSettings, KafkaSink, KafkaSource
+from tests.broker.helpers import Keeper, Opened, SinkFactory, TopicFactory
+from tests.broker.node import BrokerMissingError, Node, jars
+
+HERE = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.is_relative_to(HERE):
+            item.add_marker(pytest.mark.broker)
+
+
+@pytest.fixture(scope="session")
+def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node | None]:
+    """The node that this run has started; None where it uses a broker that runs already."""
+    if os.environ.get("ADAPTD_TEST_BOOTSTRAP"):
+        yield None
+        return
+    try:
+        started = Node(jars(), tmp_path_factory.mktemp("kafka"))
+        started.format()
+        started.start()
+    except BrokerMissingError as error:
+        pytest.skip(f"no Kafka: {error}")
+    try:
+        yield started
+    finally:
+        started.stop()
+
+
+@pytest.fixture(scope="session")
+def bootstrap(node: Node | None) -> str:
+    return os.environ["ADAPTD_TEST_BOOTSTRAP"] if node is None else node.bootstrap
+
+
+@pytest.fixture(scope="session")
+def admin(bootstrap: str) -> Iterator[KafkaAdminClient]:
+    client = KafkaAdminClient(bootstrap_servers=bootstrap, reconnect_backoff_max_ms=1000)
+    try:
+        client.list_topics()
+        yield client
+    finally:
+        client.close()
+
+
+@pytest.fixture
+def broker(node: Node | None) -> Node:
+    """A broker that may be killed, and whose users and certificate are known."""
+    if node is None:
+        pytest.skip("ADAPTD_TEST_BOOTSTRAP names a broker that is not ours")
+    return node
+
+
+@pytest.fixture
+def topic(admin: KafkaAdminClient) -> TopicFactory:
+    """Make a topic with a name of its own: `topic(partitions=1, name="t", **configs)`."""
+
+    def make(partitions: int = 1, name: str = "t", **configs: str) -> str:
+        unique = f"{name}-{uuid.uuid4().hex[:12]}"
+        admin.create_topics(
+            [
+                NewTopic(
+                    unique,
+                    partitions,
+                    1,
+                    topic_configs={key.replace("_", "."): value for key, value in configs.items()},
+                )
+            ]
+        )
+        admin.wait_for_topics([unique])
+        return unique
+
+    return make
+
+
+@pytest.fixture
+def settings(bootstrap: str) -> KafkaSettings:
+    # A member hears of a rebalance with its next heartbeat; the default of three seconds would be waited for.
+    return KafkaSettings(bootstrap_servers=(bootstrap,), allow_insecure=True, extra={"heartbeat_interval_ms": 300})
+
+
+@pytest.fixture
+def source(settings: KafkaSettings) -> Iterator[Opened]:
+    made: list[KafkaSource] = []
+
+    def make(*topics: str, keeper: Keeper | None = None, group: str | None = None, shared: bool = False) -> KafkaSource:
+        made.append(KafkaSource(topics, settings, group=group, assignment="group" if shared else "static"))
+        made[-1].open(keeper or Keeper())
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+@pytest.fixture
+def sink(settings: KafkaSettings) -> Iterator[SinkFactory]:
+    made: list[KafkaSink] = []
+
+    def make(topic: str, **options: object) -> KafkaSink:
+        made.append(KafkaSink(topic, settings, **options))  # type: ignore[arg-type]
+        made[-1].open()
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()

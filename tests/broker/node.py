@@ -1,0 +1,171 @@
+"""A real Apache Kafka on loopback: assembled from Maven Central, formatted, started, killed and restarted."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import string
+import subprocess
+import time
+import uuid
+from base64 import urlsafe_b64encode
+from pathlib import Path
+from xml.etree import ElementTree as ET
+
+ROOT = Path(__file__).resolve().parents[2]
+POM = ROOT / "ops" / "kafka" / "pom.xml"
+PROPERTIES = ROOT / "ops" / "kafka" / "server.properties"
+JVM = ("-Xmx256m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-Xlog:disable", "-Xlog:all=error:stderr")
+
+
+USER, PASSWORD = "adaptd", "correct horse"
+SECURE = """
+listeners=PLAINTEXT://127.0.0.1:${port},SECURE://127.0.0.1:${secure_port},CONTROLLER://127.0.0.1:${controller_port}
+advertised.listeners=PLAINTEXT://127.0.0.1:${port},SECURE://localhost:${secure_port}
+listener.security.protocol.map=PLAINTEXT:PLAINTEXT,SECURE:SASL_SSL,CONTROLLER:PLAINTEXT
+sasl.enabled.mechanisms=SCRAM-SHA-512
+listener.name.secure.scram-sha-512.sasl.jaas.config=org.apache.kafka.common.security.scram.ScramLoginModule required;
+listener.name.secure.ssl.keystore.location=${home}/broker.p12
+listener.name.secure.ssl.keystore.type=PKCS12
+listener.name.secure.ssl.keystore.password=changeit
+"""
+"""Appended to the template, whose lines it overrides: a listener with TLS and passwords beside the open one."""
+
+
+class BrokerMissingError(Exception):
+    """No broker can be had here; the message says what is missing."""
+
+
+def kafka_version() -> str:
+    """The version that `ops/kafka/pom.xml` pins."""
+    found = ET.parse(POM).getroot().find(".//{*}kafka.version")
+    assert found is not None
+    assert found.text
+    return found.text
+
+
+def jars() -> Path:
+    """A folder with the jars of Kafka: of `KAFKA_HOME`, of the cache, or fetched by Maven into the cache."""
+    if shutil.which("java") is None:
+        raise BrokerMissingError("no java on the PATH")
+    if home := os.environ.get("KAFKA_HOME"):
+        libs = Path(home) / "libs"
+        if not any(libs.glob("kafka_*.jar")):
+            raise BrokerMissingError(f"KAFKA_HOME={home} has no libs/kafka_*.jar")
+        return libs
+    cache = Path(os.environ.get("ADAPTD_CACHE") or Path.home() / ".cache" / "adaptd")
+    libs = cache / f"kafka-{kafka_version()}" / "libs"
+    if not libs.is_dir():
+        fetch(libs)
+    return libs
+
+
+def fetch(libs: Path) -> None:
+    """Let Maven copy the jars; they appear under their name at once, so that two runs cannot meet half a folder."""
+    if shutil.which("mvn") is None:
+        raise BrokerMissingError("no mvn on the PATH, and neither KAFKA_HOME nor ADAPTD_TEST_BOOTSTRAP is set")
+    fresh = libs.with_name(f"libs-{uuid.uuid4().hex}")
+    fresh.mkdir(parents=True)
+    command = ["mvn", "-q", "-B", "-f", str(POM), "dependency:copy-dependencies", "-DincludeScope=runtime"]
+    done = subprocess.run(
+        [*command, f"-DoutputDirectory={fresh}"], capture_output=True, text=True, timeout=600, check=False
+    )
+    if done.returncode != 0:
+        shutil.rmtree(fresh)
+        raise BrokerMissingError(f"Maven could not fetch Kafka: {done.stdout.strip()[-300:]}")
+    try:
+        fresh.rename(libs)
+    except OSError:  # another run was faster
+        shutil.rmtree(fresh)
+
+
+def run(command: list[str]) -> None:
+    """Run one of Java's or Kafka's tools to its end."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BrokerMissingError(f"{command[0]} did not run: {error}") from error
+    if done.returncode != 0:
+        raise BrokerMissingError(f"{' '.join(command[-6:])} failed: {done.stdout[-300:]}{done.stderr[-300:]}")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Node:
+    """One KRaft node in a folder of its own; the same ports and data over every restart."""
+
+    def __init__(self, libs: Path, home: Path) -> None:
+        self.home = home
+        self.port = free_port()
+        self.bootstrap = f"127.0.0.1:{self.port}"
+        self.secure_port = free_port()
+        self.authority = home / "broker.pem"
+        """The certificate of the listener with TLS; it names localhost, not 127.0.0.1."""
+        self._java = ["java", *JVM, "-cp", f"{libs}/*"]
+        self._config = home / "server.properties"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def format(self) -> None:
+        """Write the certificate, the configuration and the empty storage."""
+        self._certify()
+        filled = string.Template(PROPERTIES.read_text() + SECURE).substitute(
+            port=self.port,
+            secure_port=self.secure_port,
+            controller_port=free_port(),
+            data=self.home / "data",
+            home=self.home,
+        )
+        self._config.write_text(filled)
+        cluster = urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
+        user = f"SCRAM-SHA-512=[name={USER},password={PASSWORD}]"
+        tool = [*self._java, "kafka.tools.StorageTool", "format", "-t", cluster, "-c", str(self._config)]
+        run([*tool, "--add-scram", user])
+
+    def _certify(self) -> None:
+        store = ["-keystore", str(self.home / "broker.p12"), "-storetype", "PKCS12", "-storepass", "changeit"]
+        name = ["-alias", "broker", "-dname", "CN=localhost", "-ext", "san=dns:localhost", "-validity", "2"]
+        run(["keytool", "-genkeypair", "-keyalg", "EC", *name, *store])
+        run(["keytool", "-exportcert", "-rfc", "-alias", "broker", "-file", str(self.authority), *store])
+
+    def start(self, timeout: float = 60.0) -> None:
+        """Start and wait until the port answers."""
+        with (self.home / "broker.log").open("ab") as log:
+            self._process = subprocess.Popen([*self._java, "kafka.Kafka", str(self._config)], stdout=log, stderr=log)
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            if self._process.poll() is not None:
+                break
+            try:
+                socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
+            except OSError:
+                time.sleep(0.05)
+            else:
+                return
+        tail = (self.home / "broker.log").read_text(errors="replace")[-600:]
+        self.stop()
+        raise BrokerMissingError(f"Kafka did not start within {timeout:g} s: {tail}")
+
+    def kill(self) -> None:
+        """SIGKILL: no goodbye to anybody."""
+        self._end(signal.SIGKILL)
+
+    def stop(self) -> None:
+        """SIGTERM, and SIGKILL where that takes too long."""
+        self._end(signal.SIGTERM)
+
+    def _end(self, sign: signal.Signals) -> None:
+        process, self._process = self._process, None
+        if process is None:
+            return
+        process.send_signal(sign)
+        try:
+            process.wait(timeout=15)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
