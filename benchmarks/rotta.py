@@ -1,11 +1,11 @@
 """Error and speed of RoTTA on a class-correlated stream of corrupted images, beside the plain forward pass.
 
-    python benchmarks/rotta.py STREAM.npz --bench DIRECTORY [--blocks 1] [--plain-layout channels_last]
+    python -m benchmarks.rotta STREAM.npz --bench DIRECTORY [--seeds 0 1] [--layout channels_last]
 
-``STREAM.npz`` and ``DIRECTORY`` (which holds ``resnet20.py`` and its weights) are the benchmark data described in
-``docs``; both passes see the same batches in the same memory layout, alternating batch by batch, so that a shared
-machine slows both alike. Prints one JSON object: errors in percent, the speed as a share of the plain pass, and the
-CPU milliseconds a batch spends in each phase.
+``STREAM.npz`` holds ``x (N, 32, 32, 3)`` uint8 and ``y (N,)``; ``DIRECTORY`` holds ``resnet20.py`` with its weights.
+Both passes see the same batches in the same memory layout, alternating batch by batch, so that a shared machine slows
+both alike. Prints one JSON object: errors in percent, the speed as a share of the plain pass, and the CPU milliseconds
+a batch spends in each phase.
 """
 
 from __future__ import annotations

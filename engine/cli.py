@@ -188,6 +188,8 @@ def main() -> None:
 def _explain(error: BaseException) -> int:
     """Write an error for the user and give the exit code."""
     from streams.base import StreamError
+    from streams.join import JoinError
+    from streams.journal import JournalError
 
     while isinstance(error, BaseExceptionGroup) and error.exceptions:
         error = _gravest(error)
@@ -197,6 +199,9 @@ def _explain(error: BaseException) -> int:
     if isinstance(error, StreamError):
         typer.echo(f"adaptd: {error}", err=True)
         return 78
+    if isinstance(error, JournalError | JoinError):
+        typer.echo(f"adaptd: {error}", err=True)
+        return 74
     if isinstance(error, KeyboardInterrupt):
         return 130
     if isinstance(error, SystemExit):

@@ -296,9 +296,14 @@ class Core:
         self.counts["resets"] -= 1
         self.counts["rollbacks"] += 1
 
+    @property
+    def unfinished(self) -> bool:
+        """Whether rows wait to be learned from or audited."""
+        return bool(self._to_learn or self._to_audit)
+
     def finish(self) -> None:
         """Learn from and audit what is left, once a bounded stream has ended."""
-        while self.job is None and (self._to_learn or self._to_audit):
+        while self.job is None and self.unfinished:
             learned = [self._to_learn.popleft() for _ in range(min(self.settings.batch_size, len(self._to_learn)))]
             audited = [self._to_audit.popleft() for _ in range(len(self._to_audit))]
             self.job = Job(learned, audited, False, self.watermark)

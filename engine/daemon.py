@@ -158,8 +158,8 @@ class Daemon:
 
     def hand_over(self, chunk: Chunk) -> None:
         """Take in a chunk from a reader. Called on the event loop."""
-        for reader in self.readers:
-            self.cutter.assigned(reader.partitions)
+        if chunk.assigned:
+            self.cutter.assigned(chunk.assigned)
         if chunk.items:
             self.cutter.feed(chunk.items, time.monotonic())
         if chunk.ended:
@@ -310,7 +310,7 @@ class Daemon:
         with anyio.move_on_after(DRAIN_SECONDS) as scope:
             await self._finish_job()
             if not self._stopping:
-                await self._model(self.core.finish)
+                await self._model(self.runner.finish)
             await self._checkpoint(wait=True)
             await self._thread(self.writer.stop)
             for reader in self.readers:

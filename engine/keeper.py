@@ -75,7 +75,8 @@ class Keeper:
             log.error("checkpoint_passed_over", name=fallback.name, reason=fallback.reason)
         self._apply(loaded, core)
         self.sequence = self.saved_step = loaded.step
-        entries = list(self.journal.read(loaded.step))
+        entries = list(self.journal.read(loaded.step, after=loaded.step))
+        self.journal.reopen()
         core.make_job()  # a checkpoint may lie between the end of a job and the start of the next
         return _positions(loaded.meta["positions"]), entries
 

@@ -109,6 +109,9 @@ class Learner:
     def _learn(self, job: Job) -> None:
         """One weighted optimizer step with every safeguard in force."""
         batch, rewards = self._labelled(job)
+        if not len(batch):
+            job.outcome = Outcome(False, "nonfinite_inputs")
+            return
         for guard in self.methods.safeguards:
             guard.observe(batch)
         model = self.host.learner
@@ -134,6 +137,10 @@ class Learner:
             predicted=torch.tensor([row.predicted for row in rows]),
         )
         rewards = torch.tensor([1.0 if row.reward is None else row.reward for row in rows], device=device)
+        finite = batch.inputs.flatten(1).isfinite().all(1)
+        if not bool(finite.all()):  # one such row would make the whole step not finite
+            keep = finite.nonzero().flatten()
+            return batch.rows(keep.cpu()), rewards[keep]
         return batch, rewards
 
     def _attempt(self, job: Job) -> None:

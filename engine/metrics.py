@@ -135,7 +135,10 @@ class Metrics(Families):
         self._events, self._release, self._job = core.counts["events"], core.release, core.last_job
 
     def watch(self, core: Core) -> None:
-        """Look at the core between two batches, on the thread that owns it."""
+        """Look at the core between two batches, on the thread that owns it.
+
+        What happened more than once since the last look is seen in its last state: one entropy, one job.
+        """
         if core.counts["events"] != self._events:
             self._events = core.counts["events"]
             self.entropy.observe(core.entropy)
@@ -253,7 +256,7 @@ class Metrics(Families):
         for _, method in core.methods:
             # dict() copies in one step, so a method may add a gauge meanwhile.
             for name, value in dict(method.gauges).items():
-                self.method_gauge.labels(method.name, name).set(value)
+                self.method_value.labels(method.name, name).set(value)
                 if name == "agreement":
                     self.agreement.set(value)
         self._look_at_audit(core)

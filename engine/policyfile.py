@@ -6,6 +6,7 @@ key, lists are replaced as a whole, and a method with another name replaces the 
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import os
@@ -155,8 +156,9 @@ def _read(file: Path) -> bytes:
         with file.open("rb") as opened:
             return opened.read(MAX_BYTES + 1)
     except FileNotFoundError:
-        hint = nearest(file.name, presets()).partition(" Known")[0].rstrip(";")
-        text = f"no such file{hint}; 'adaptd init' writes one to start from"
+        near = difflib.get_close_matches(str(file), presets(), n=1)
+        hint = f"did you mean the preset {near[0]!r}?" if near else "'adaptd init' writes one to start from"
+        text = f"no such file; {hint}"
     except IsADirectoryError:
         text = f"is a directory; name the policy file in it, for instance {file / 'policy.yaml'}"
     except OSError as error:

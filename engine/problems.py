@@ -184,7 +184,14 @@ def _choices(value: Any, allowed: Sequence[str]) -> str:
 
 def _expectation(message: str) -> str:
     """Pydantic's message in the words of the others."""
-    for start in ("Input should be ", "String should ", "Value should "):
-        if message.startswith(start):
-            return f"expected {'text that should ' if start[0] == 'S' else ''}{message[len(start) :]}"
-    return message[0].lower() + message[1:]
+    words = {
+        "Input should be ": "expected ",
+        "String should match ": "expected text that matches ",
+        "String should have ": "expected text of ",
+        "Tuple should have ": "expected a list of ",
+        "List should have ": "expected a list of ",
+    }
+    for theirs, ours in words.items():
+        if message.startswith(theirs):
+            return ours + message[len(theirs) :]
+    return message[:1].lower() + message[1:]

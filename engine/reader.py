@@ -28,9 +28,10 @@ COMMIT_SECONDS = 1.0
 
 @dataclass(slots=True)
 class Chunk:
-    """Decoded items on their way to the engine, and partitions that have ended."""
+    """Decoded items on their way to the engine, and partitions that are new or have ended."""
 
     items: list[Item] = field(default_factory=list)
+    assigned: Sequence[Partition] = ()
     ended: frozenset[Partition] = frozenset()
 
 
@@ -70,6 +71,7 @@ class Reader:
         self._announced: frozenset[Partition] = frozenset()
         self._commits: deque[Positions] = deque(maxlen=1)
         self._stop = threading.Event()
+        self._running = False
         self.partitions: list[Partition] = []
         self.committed: Positions = {}
         self.lag: dict[Partition, int] = {}
@@ -82,6 +84,8 @@ class Reader:
     def assigned(self, partitions: Sequence[Partition]) -> Positions:
         """See `streams.base.Assignment.assigned`."""
         self.partitions = sorted({*self.partitions, *partitions})
+        if self._running:
+            anyio.from_thread.run_sync(self._hand_over, Chunk(assigned=tuple(partitions)))
         return {p: self._start[p] for p in partitions if p in self._start}
 
     def revoked(self, partitions: Sequence[Partition], *, lost: bool) -> None:
@@ -118,6 +122,7 @@ class Reader:
 
     def run(self, taken: Mapping[str, int]) -> None:
         """Poll until stopped or until a bounded source has ended; ``taken`` counts what the engine used up."""
+        self._running = True
         try:
             next_look = 0.0
             while not self._stop.is_set():

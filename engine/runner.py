@@ -32,7 +32,6 @@ class Runner:
         self.positions = dict(positions)
         self.batches = 0
         self.replayed = 0
-        metrics.begin(core)
 
     def apply(self, cuts: Sequence[Cut]) -> None:
         """Apply cuts; each is in the journal before anything changes."""
@@ -40,6 +39,8 @@ class Runner:
             self._journal(cut)
             if cut.kind is Kind.DONE:
                 self._done_again()
+            elif cut.kind is Kind.TICK:
+                self.core.finish()
             else:
                 self._batch(cut)
             self.positions.update(cut.positions())
@@ -87,6 +88,12 @@ class Runner:
         self.keeper.sequence += 1
         self.keeper.journal.append(Entry(self.keeper.sequence, Kind.DONE, self.core.watermark, ()))
         self.core.done()
+        self.metrics.watch(self.core)
+
+    def finish(self) -> None:
+        """Learn from what is left at the end of bounded streams; an entry of the journal like any batch."""
+        if self.core.unfinished:
+            self.apply([Cut(Kind.TICK, (), ())])
 
     def snapshot(self) -> Snapshot:
         """Copy the state of this instant. No background job may be under way."""

@@ -89,6 +89,19 @@ def only_require_grad(model: nn.Module, names: frozenset[str]) -> Iterator[None]
             parameter.requires_grad_(flag)
 
 
+def _normalise(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float) -> Tensor:
+    """BatchNorm of ``(B, C, ...)`` with given statistics, without gradients.
+
+    As one scaling and shift it takes half the time of `torch.nn.functional.batch_norm` on a CPU; where ``x`` is less
+    precise than the statistics, the latter alone keeps their precision.
+    """
+    if x.device.type != "cpu" or x.dtype != mean.dtype:
+        return F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps)
+    shape = (1, -1) + (1,) * (x.dim() - 2)
+    scale = weight * torch.rsqrt(var + eps)
+    return torch.addcmul(torch.addcmul(bias, mean, scale, value=-1).view(shape), x, scale.view(shape))
+
+
 class _BlendedNorm(torch.autograd.Function):
     """BatchNorm with blended statistics; gradients reach the input through the batch's share of them.
 
@@ -108,12 +121,7 @@ class _BlendedNorm(torch.autograd.Function):
         correction = count / (count - 1) if layer.unbiased else 1.0
         mean_t = torch.lerp(mean, batch_mean.to(mean.dtype), layer.share)
         var_t = torch.lerp(var, batch_var.to(var.dtype) * correction, layer.share)
-        scale = weight * torch.rsqrt(var_t + layer.eps)
-        shape = (1, -1) + (1,) * (x.dim() - 2)
-        # One pass, and faster on a CPU than batch_norm, which computes the same.
-        y = torch.addcmul(
-            torch.addcmul(bias, mean_t, scale, value=-1).view(shape).to(x.dtype), x, scale.view(shape).to(x.dtype)
-        )
+        y = _normalise(x, weight, bias, mean_t, var_t, layer.eps)
         ctx.save_for_backward(x, weight, mean_t, var_t, batch_mean)
         ctx.scales = (layer.share / count, layer.share * correction / count, layer.eps)
         ctx.mark_non_differentiable(mean_t, var_t)
@@ -178,10 +186,13 @@ class BlendedBatchNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``(B, C, ...)`` channel by channel."""
-        if not self.blending or x.numel() == x.shape[1]:
+        blending = self.blending and x.numel() > x.shape[1]
+        if not blending and torch.is_grad_enabled():
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
         weight = torch.ones_like(self.running_mean) if self.weight is None else self.weight
         bias = torch.zeros_like(self.running_mean) if self.bias is None else self.bias
+        if not blending:
+            return _normalise(x, weight, bias, self.running_mean, self.running_var, self.eps)
         y, mean, var = _BlendedNorm.apply(x, weight, bias, self.running_mean, self.running_var, self)
         if self.store:
             # New tensors would be lost to whoever holds the buffers; a later forward never needs the old values.

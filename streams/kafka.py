@@ -156,8 +156,8 @@ class KafkaSource:
                 self._place(min(_PLACING_TIMEOUT, self.settings.timeout))
             elif not self._shared:
                 self._look_for_growth()
+            self.commits.send(consumer)  # before the poll: should it fail, no record is in our hands to be lost
             fetched = consumer.poll(timeout_ms=round(timeout * 1000), max_records=max_records)
-            self.commits.send(consumer)
         except errors.KafkaError as error:
             self._recover(error, timeout)
             return ()
@@ -201,12 +201,15 @@ class KafkaSource:
         if consumer is None or self._unplaced:
             return {}
         lags = {}
-        for partition in self._owned & {tuple(tp) for tp in consumer.assignment()}:
-            tp = TopicPartition(*partition)
-            end = consumer.highwater(tp)
-            position = consumer.position(tp, timeout_ms=0)
-            if end is not None and position is not None:
-                lags[partition] = max(0, end - position)
+        try:
+            for partition in self._owned & {tuple(tp) for tp in consumer.assignment()}:
+                tp = TopicPartition(*partition)
+                end = consumer.highwater(tp)
+                position = consumer.position(tp, timeout_ms=0)
+                if end is not None and position is not None:
+                    lags[partition] = max(0, end - position)
+        except errors.KafkaError as error:  # as `poll` will raise it again, this is no place to fail
+            self.last_error = explain(error)
         return lags
 
     def close(self) -> None:

@@ -82,10 +82,13 @@ def connect(factory: Callable[..., Any], config: Mapping[str, Any]) -> Any:
         for client in made:
             client.close()
         cause = connections[-1].cause if connections else None
-        raise _refusal(error, cause, config) from error
+        refusal = _refusal(error, cause, config)
+        if refusal is None:
+            raise
+        raise refusal from error
 
 
-def _refusal(error: Exception, cause: Exception | None, config: Mapping[str, Any]) -> Exception:
+def _refusal(error: Exception, cause: Exception | None, config: Mapping[str, Any]) -> StreamError | None:
     servers = ", ".join(config["bootstrap_servers"])
     if isinstance(cause, errors.SaslAuthenticationFailedError):
         return as_stream_error(cause, f"connecting to {servers}")
@@ -99,7 +102,7 @@ def _refusal(error: Exception, cause: Exception | None, config: Mapping[str, Any
         return as_stream_error(error, f"connecting to {servers}")
     if isinstance(error, ValueError | TypeError | RuntimeError | AssertionError | OSError):
         return StreamError(f"kafka-python refuses its settings: {error}")
-    return error
+    return None
 
 
 def partition_counts(settings: KafkaSettings, topics: Sequence[str]) -> dict[str, int]:

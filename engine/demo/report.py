@@ -161,5 +161,5 @@ def _flips(outcome: Outcome) -> str:
 def _updates(outcome: Outcome) -> str:
     figure, axes = _picture(outcome, "updates", {"updates": (outcome.step, "#8250df")})
     for row in np.flatnonzero(np.diff(outcome.release) > 0):
-        axes.axvline(row + 1, color="#1b1f24", lw=1, ls=":")
+        axes.axvline(float(row) + 1, color="#1b1f24", lw=1, ls=":")
     return _svg(figure)

@@ -20,7 +20,6 @@ from policies.optimizers import load_optimizer_state, optimizer_state
 NONFINITE_STATISTICS = "nonfinite_statistics"
 """Statistics of BatchNorm would have become infinite or NaN; they were put back."""
 
-
 _log = logging.getLogger(__name__)
 
 

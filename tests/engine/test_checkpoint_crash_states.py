@@ -148,6 +148,17 @@ def test_a_crash_while_falling_back_finds_the_same_older_checkpoint() -> None:
     assert list(bad_states(disk, fall_back, acknowledged=1, coming=1, damaged=True)) == []
 
 
+def test_after_falling_back_the_evidence_is_durable() -> None:
+    disk = MemoryDisk(ROOT)
+    store = store_with(range(1, 3), disk)
+    damage(disk, 2)
+    store.load(whole)
+    for tree in disk.crash_states():
+        evidence = CheckpointStore(ROOT, disk=MemoryDisk(ROOT, tree))._quarantine.reasons()
+        assert list(evidence) == ["broken/0001-ckpt-000000000002"]
+        assert "model.safetensors is damaged" in evidence["broken/0001-ckpt-000000000002"]
+
+
 def test_a_crash_while_setting_aside_never_shows_a_torn_checkpoint() -> None:
     disk = MemoryDisk(ROOT)
     store = store_with(range(1, 4), disk)

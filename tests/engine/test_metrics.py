@@ -52,7 +52,7 @@ FROZEN = {
     "adaptd_lag_seconds": ("gauge", ("stream", "partition")),
     "adaptd_latency_seconds": ("histogram", ()),
     "adaptd_learning_loss": ("gauge", ()),
-    "adaptd_method_gauge": ("gauge", ("method", "name")),
+    "adaptd_method_value": ("gauge", ("method", "name")),
     "adaptd_model_step": ("gauge", ()),
     "adaptd_negative_flip_impact_ratio": ("gauge", ()),
     "adaptd_negative_flip_ratio": ("gauge", ()),
@@ -285,7 +285,7 @@ def test_methods_show_their_own_gauges() -> None:
     core.methods.adaptation.gauges |= {"rows": 12, "agreement": 0.9}
     metrics.look(daemon_of(core))
     value = Value(metrics)
-    assert value["method_gauge", "none", "rows"] == 12
+    assert value["method_value", "none", "rows"] == 12
     assert value["source_agreement_ratio"] == 0.9
 
 

@@ -4,7 +4,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.kernels.conftest import NEEDS_TRITON
 
+
+@NEEDS_TRITON
 def test_every_triton_kernel_compiles_and_lerp_reads_as_wide_as_a_thread_can(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     program = [sys.executable, "-m", "tests.kernels.compile_for_gpu"]

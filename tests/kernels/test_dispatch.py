@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 import kernels
-from kernels import dispatch, pytorch, triton_ops
+from kernels import dispatch, pytorch
+from tests.kernels.conftest import NEEDS_TRITON
 
 
 @pytest.fixture(autouse=True)
@@ -92,6 +93,7 @@ def test_the_check_leaves_the_random_state_and_gradient_mode_alone() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@NEEDS_TRITON
 def test_the_triton_kernels_pass_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     monkeypatch.setitem(dispatch._FAST_FIRST, device, ("triton", "reference"))
@@ -99,10 +101,11 @@ def test_the_triton_kernels_pass_the_check(monkeypatch: pytest.MonkeyPatch) -> N
     assert [kernels.backend(op, device) for op in kernels.OPS] == ["triton", "triton"]
 
 
+@NEEDS_TRITON
 def test_a_wrong_triton_kernel_gives_way_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     monkeypatch.setitem(dispatch._FAST_FIRST, device, ("triton", "pytorch", "reference"))
-    monkeypatch.setattr(triton_ops, "lerp_", wrong_lerp_)
+    monkeypatch.setattr("kernels.triton_ops.lerp_", wrong_lerp_)
     (found,) = kernels.self_check(device)
     assert (found.op, found.backend, kernels.backend("lerp_", device)) == ("lerp_", "triton", "pytorch")
 

@@ -4,15 +4,16 @@ import logging
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from kafka import TopicPartition, errors
+from kafka import KafkaConsumer, TopicPartition, errors
 
 from streams.base import Message, Partition, Positions, StreamError, StreamUnavailableError
 from streams.kafka import KafkaSettings, KafkaSink, KafkaSource, _records
-from streams.kafka_client import as_stream_error
+from streams.kafka_client import as_stream_error, connect
 from streams.kafka_commits import Commits
 from streams.kafka_rebalance import HandoverError, HandoverListener, check_together
 from streams.kafka_sink import KafkaClient, KeyPartitioner
@@ -301,3 +302,14 @@ def test_keys_go_to_the_partition_that_other_clients_choose(key: bytes, positive
     chosen = KeyPartitioner().partition("t", key, key, b"", b"", FakeCluster({0, 1, 2, 3, 4, 5, 6}))
     assert chosen == positive_hash % 7
     assert KeyPartitioner().partition("t", key, key, b"", b"", FakeCluster(None)) is None
+
+
+def test_settings_that_the_client_refuses_are_told(tmp_path: Path) -> None:
+    (tmp_path / "ca.pem").write_text("no certificate")
+    for changed, sentence in (
+        ({"extra": {"request_timeout_ms": 1}}, "request_timeout_ms"),
+        ({"security_protocol": "SSL", "ssl_cafile": tmp_path / "ca.pem"}, "no broker at localhost:1|settings"),
+    ):
+        settings = KafkaSettings.model_validate({"bootstrap_servers": "localhost:1", "timeout": 0.2} | changed)
+        with pytest.raises(StreamError, match=sentence):
+            connect(KafkaConsumer, settings.consumer_config(group=None))
