@@ -16,7 +16,7 @@ test:  ## the default tier: no broker, no kills, no GPU
 broker:  ## against a real Apache Kafka
 	$(PYTHON) -m pytest -m broker tests/broker
 
-crash:  ## kill sweeps; SECONDS=120 sets how long
+crash:  ## kill sweeps; ADAPTD_CRASH_SECONDS=120 says how long
 	$(PYTHON) -m pytest -m crash tests/crash
 
 bench:  ## every benchmark, results into benchmarks/results

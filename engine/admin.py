@@ -19,6 +19,7 @@ from starlette.routing import Route
 from engine import __version__
 from engine.daemon import Daemon
 from engine.errors import PolicyFileError
+from engine.status import status
 
 STUCK_SECONDS = 60.0
 """Without progress for so long while work waits, the daemon counts as stuck."""
@@ -102,7 +103,7 @@ class Admin:
         return _verdict(*self.ready())
 
     async def _status(self, request: Request) -> Response:
-        body = {"version": __version__, "policy": self._policy, **self._daemon.status()}
+        body = {"version": __version__, "policy": self._policy, **status(self._daemon)}
         return Response(json.dumps(body, indent=2) + "\n", media_type="application/json")
 
 

@@ -70,17 +70,18 @@ class Audit:
 
     def accuracies(self) -> dict[str, float]:
         """Accuracy of ``source``, ``live`` and ``release`` on the window; empty while the window is."""
-        if not len(self):
+        classes = self._classes  # read once: another thread may ask while rows are added
+        if not len(classes):
             return {}
-        labels = self._classes[:, :1]
-        right = (self._classes[:, 1:] == labels).double().mean(0).tolist()
+        right = (classes[:, 1:] == classes[:, :1]).double().mean(0).tolist()
         return dict(zip(("source", "live", "release"), right, strict=True))
 
     def flips(self) -> tuple[float, float]:
         """Negative and positive flip rates of the live answers against the release, on the window."""
-        if not len(self):
+        classes = self._classes
+        if not len(classes):
             return 0.0, 0.0
-        labels, _, live, release = self._classes.unbind(1)
+        labels, _, live, release = classes.unbind(1)
         negative = ((release == labels) & (live != labels)).double().mean()
         positive = ((release != labels) & (live == labels)).double().mean()
         return float(negative), float(positive)

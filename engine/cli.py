@@ -37,13 +37,19 @@ def _load(policy: str, overrides: list[str]) -> Any:
 
 
 @app.command()
-def run(policy: PolicyArgument, set_: SetOption = []) -> None:  # noqa: B006 - typer reads the default, nobody changes it
+def run(
+    policy: PolicyArgument,
+    set_: SetOption = [],  # noqa: B006 - typer reads the default, nobody changes it
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Start anew; what the state directory holds is kept in a folder aside-N.")
+    ] = False,
+) -> None:
     """Run a policy on its streams until they end or SIGTERM comes."""
     from engine.launch import configure_logs, run_policy
 
     loaded = _load(policy, set_)
     configure_logs(loaded.policy.log)
-    run_policy(loaded)
+    run_policy(loaded, fresh=fresh)
 
 
 @app.command()
@@ -187,23 +193,16 @@ def main() -> None:
 
 def _explain(error: BaseException) -> int:
     """Write an error for the user and give the exit code."""
-    from streams.base import StreamError
-    from streams.join import JoinError
-    from streams.journal import JournalError
-
-    while isinstance(error, BaseExceptionGroup) and error.exceptions:
-        error = _gravest(error)
-    if isinstance(error, AdaptdError):
+    error = _gravest(error)
+    code = _exit_code(error)
+    if code is not None:
         typer.echo(f"adaptd: {error}", err=True)
-        return error.exit_code
-    if isinstance(error, StreamError):
-        typer.echo(f"adaptd: {error}", err=True)
-        return 78
-    if isinstance(error, JournalError | JoinError):
-        typer.echo(f"adaptd: {error}", err=True)
-        return 74
+        return code
     if isinstance(error, KeyboardInterrupt):
         return 130
+    if isinstance(error, BrokenPipeError):  # whoever read our output has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else 1
     if hasattr(error, "exit_code") and hasattr(error, "show"):  # click's own usage errors
@@ -218,9 +217,26 @@ def _explain(error: BaseException) -> int:
     return 75 if "CUDA" in str(error) else 70
 
 
-def _gravest(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """The error of a group that tells the user most."""
-    return min(group.exceptions, key=lambda error: not isinstance(error, AdaptdError))
+def _exit_code(error: BaseException) -> int | None:
+    """The exit code of an error that a sentence explains; None for any other."""
+    from streams.base import StreamError, StreamUnavailableError
+    from streams.join import JoinError
+    from streams.journal import JournalError
+
+    if isinstance(error, AdaptdError):
+        return error.exit_code
+    if isinstance(error, StreamUnavailableError):
+        return 69
+    if isinstance(error, StreamError):
+        return 78
+    return 74 if isinstance(error, JournalError | JoinError) else None
+
+
+def _gravest(error: BaseException) -> BaseException:
+    """The error that tells most: of a group, the first that is explained and not merely what another one led to."""
+    if not isinstance(error, BaseExceptionGroup):
+        return error
+    return min((_gravest(each) for each in error.exceptions), key=lambda each: (_exit_code(each) or 70) == 69)
 
 
 if __name__ == "__main__":

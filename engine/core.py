@@ -119,12 +119,13 @@ class Core:
 
     def answer(self, events: Sequence[Event]) -> Answers:
         """Answer a batch of at least one event. `follow` must be called next, once the answers are on their way."""
+        ids, inputs, times, groups, _ = zip(*events, strict=True)
         batch = Batch(
-            ids=tuple([event.id for event in events]),
-            inputs=self.host.inputs.stack([event.inputs for event in events], self.host.device),
-            times=torch.tensor([event.time for event in events], dtype=torch.float64),
-            groups=tuple([event.group for event in events]),
-            now=max(self.watermark, *[event.time for event in events]),
+            ids=ids,
+            inputs=self.host.inputs.stack(inputs, self.host.device),
+            times=torch.tensor(times, dtype=torch.float64),
+            groups=groups,
+            now=max(self.watermark, *times),
         )
         logits = self.methods.adaptation.adapt(batch)
         probabilities = logits.float().softmax(1)
@@ -153,16 +154,17 @@ class Core:
 
     def _wait_for_labels(self, answers: Answers) -> None:
         """Let the inputs of a batch wait; labels that came before their event join now."""
+        step = answers.step
         waiting = [
-            Waiting(event.id, event.inputs, event.time, event.group, label, answers.step)
-            for event, label in zip(answers.events, answers.labels.tolist(), strict=True)
+            Waiting(name, inputs, time, group, label, step)
+            for (name, inputs, time, group, _), label in zip(answers.events, answers.labels.tolist(), strict=True)
         ]
         self._joined(self.joins.answered(waiting, self.watermark))
 
     def _watch(self, batch: Batch, logits: Tensor, answers: Answers) -> None:
         """Note the mean entropy of the answers in nats and count rows that were not finite."""
         p = answers.probabilities
-        self.entropy = float(-(p * np.log(np.maximum(p, 1e-30))).sum(1).mean())
+        self.entropy = float(-np.vdot(p, np.log(np.maximum(p, 1e-30)))) / len(p)
         if batch.inputs.is_floating_point() and not bool(torch.isfinite(batch.inputs.sum())):
             self.counts["nonfinite_inputs"] += int((~batch.inputs.flatten(1).isfinite().all(1)).sum())
 

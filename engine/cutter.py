@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from streams.base import Partition, Positions, Record, StreamError
 from streams.codec import BadRecord, Event, Feedback
@@ -43,7 +43,9 @@ class Cut(NamedTuple):
 
 def split(items: Sequence[Item]) -> tuple[list[Event | Feedback], list[Bad]]:
     """The items that could be decoded and those that could not, each in order."""
-    bad = [item for item in items if isinstance(item, Bad)]
+    bad = [item for item in items if type(item) is Bad]
+    if not bad:
+        return cast("list[Event | Feedback]", list(items)), []
     return [item for item in items if not isinstance(item, Bad)], bad
 
 
@@ -123,7 +125,7 @@ class Cutter:
         for partition, count in needed.items():
             queue = self._queues.get(partition, ())
             if len(queue) < count:
-                if partition in self._ended:
+                if partition in self._ended or partition[0] not in self._kinds:
                     self._changed(partition)
                 return None
         items: list[Item] = []
@@ -139,7 +141,7 @@ class Cutter:
     def _changed(self, partition: Partition) -> None:
         raise StreamError(
             f"{partition[0]}-{partition[1]} does not hold the records that the journal says were applied; the stream"
-            " has changed since. Restore it, or start again with an empty state directory"
+            " has changed since. Restore it, or start anew with --fresh, which keeps what is there in a folder aside-N"
         )
 
 

@@ -70,13 +70,16 @@ class Daemon:
         self.state = "starting"
         self.started = time.monotonic()
         self.last_progress = time.monotonic()
-        self.saved_at = 0.0
+        self.saved_at: float | None = None
+        """When the last durable checkpoint was made; None before the first one of this process."""
         self._checkpoint_every = checkpoint_every
         self._compute = CapacityLimiter(1)
         self._learning = CapacityLimiter(1)
         self._threads = CapacityLimiter(8)
         self._turn = anyio.Lock()
         self._wake = anyio.Event()
+        self._leaving = anyio.Event()
+        self._next_checkpoint = 0.0
         self._job: anyio.Event | None = None
         self._saving: anyio.Event | None = None
         self._stopping = False
@@ -90,9 +93,12 @@ class Daemon:
         Raises:
             UnreachableError: A stream did not answer within a minute at the start.
             StreamError: A stream cannot be used.
+            RestartError: Draining took too long.
         """
         async with anyio.create_task_group() as tasks:
             self._tasks = tasks
+            patience = anyio.CancelScope()
+            tasks.start_soon(self._limit_draining, patience)
             try:
                 await self._open()
                 for reader in self.readers:
@@ -100,6 +106,7 @@ class Daemon:
                 tasks.start_soon(self._thread, self.writer.run)
                 await self._serve()
                 await self._drain()
+                patience.cancel()
             finally:
                 for reader in self.readers:
                     reader.stop()
@@ -119,6 +126,7 @@ class Daemon:
         """Have `run` drain and return. Called on the event loop."""
         self._stopping = True
         self._wake.set()
+        self._leaving.set()
 
     async def _thread(self, function: Callable[..., T], *args: Any) -> T:
         return await to_thread.run_sync(function, *args, limiter=self._threads)
@@ -130,22 +138,30 @@ class Daemon:
         return result
 
     async def _open(self) -> None:
-        """Open sinks and sources, with backoff for a minute."""
-        await self._patiently(self.writer.open)
-        answered: Positions = {}
-        for reader in self.readers:
-            await self._patiently(reader.open)
-            self.cutter.assigned(reader.partitions)
-            answered |= reader.committed
-        self.writer.answered = answered
-        if self.runner.keeper.saved_step is None:
-            await self._checkpoint(wait=True)
+        """Open sinks and sources, with backoff for a minute; whatever is open is closed again if that fails."""
+        try:
+            await self._patiently(self.writer.open)
+            answered: Positions = {}
+            for reader in self.readers:
+                await self._patiently(reader.open)
+                self.cutter.assigned(reader.partitions)
+                answered |= reader.committed
+            self.writer.answered = answered
+            if self.runner.keeper.saved_step is None:
+                await self._checkpoint(wait=True)
+        except BaseException:
+            with anyio.CancelScope(shield=True):
+                for close in (*(reader.close for reader in self.readers), self.writer.close):
+                    await self._thread(close)
+            raise
 
     async def _patiently(self, action: Callable[[], None]) -> None:
         deadline = time.monotonic() + START_SECONDS
         for attempt in range(1000):
             try:
-                return await self._thread(action)
+                await self._thread(action)
+                self.state = "starting"
+                return
             except StreamUnavailableError as error:
                 self.state = f"starting: {error}; retrying"
                 if self._stopping or time.monotonic() >= deadline:
@@ -173,9 +189,13 @@ class Daemon:
             async with self._turn:
                 worked = await self._take_turn()
             if not worked:
-                if self.cutter.exhausted() and self._job is None:
+                if self._job is None and self._exhausted():
                     return
                 await self._wait()
+
+    def _exhausted(self) -> bool:
+        """Whether every stream has ended and everything is applied; a source that never ends may own no partition."""
+        return all(reader.bounded for reader in self.readers) and self.cutter.exhausted()
 
     async def _take_turn(self) -> bool:
         """Do the next thing that is due; False when there is none."""
@@ -203,14 +223,18 @@ class Daemon:
             if cut is None:
                 break
             cuts.append(cut)
+        for reader in self.readers:
+            reader.used()
         return cuts
 
     async def _wait(self) -> None:
         """Wait for records, for a job, for a deadline of the batcher or for the next checkpoint."""
+        if self._stopping:
+            return
         self._wake = anyio.Event()
         self.state = "waiting for records"
         now = time.monotonic()
-        until = min(self.cutter.deadline(), max(self.saved_at + self._checkpoint_every, now + 0.05), now + 1.0)
+        until = min(self.cutter.deadline(), max(self._next_checkpoint, now + 0.05), now + 1.0)
         with anyio.move_on_after(max(0.0, until - now)):
             await self._wake.wait()
 
@@ -251,26 +275,32 @@ class Daemon:
 
     def _checkpoint_due(self) -> bool:
         changed = self.runner.keeper.sequence != self.runner.keeper.saved_step
-        return changed and time.monotonic() >= self.saved_at + self._checkpoint_every and not self.cutter.replaying
+        return changed and time.monotonic() >= self._next_checkpoint
 
     async def _checkpoint(self, *, wait: bool = False) -> None:
-        """Copy the state now and write it beside serving, once everything it covers has been answered."""
+        """Copy the state now and write it beside serving, once everything it covers has been answered.
+
+        Not in the middle of a replay: what is left of the journal belongs to the checkpoint that it began with.
+        """
+        if self.cutter.replaying:
+            return
         if self._saving is not None:
             if not wait:
                 return
             await self._saving.wait()
-        self.saved_at = time.monotonic()
+        self._next_checkpoint = time.monotonic() + self._checkpoint_every
         if self.runner.keeper.sequence == self.runner.keeper.saved_step:
             return
         snapshot = await self._model(self.runner.snapshot)
         self._saving = done = anyio.Event()
         assert self._tasks is not None
-        self._tasks.start_soon(self._write, snapshot, done, self.state != "starting")
+        self._tasks.start_soon(self._write, snapshot, done)
         if wait:
             await done.wait()
 
-    async def _write(self, snapshot: Snapshot, done: anyio.Event, serving: bool) -> None:
+    async def _write(self, snapshot: Snapshot, done: anyio.Event) -> None:
         started = time.perf_counter()
+        serving = self.state != "starting"
         try:
             if serving:
                 await self._thread(self.writer.wait_flushed)
@@ -278,9 +308,10 @@ class Daemon:
         except Exception as error:
             self.metrics.checkpoint_failed()
             log.error("checkpoint_failed", step=snapshot.step, error=str(error))
-            if not serving or self._stopping:
+            if not serving or self._leaving.is_set():
                 raise
         else:
+            self.saved_at = time.monotonic()
             seconds = time.perf_counter() - started
             self.metrics.checkpoint(saved.bytes, seconds)
             log.info("checkpoint", step=saved.step, bytes=saved.bytes, seconds=round(seconds, 3))
@@ -305,57 +336,32 @@ class Daemon:
 
     async def _drain(self) -> None:
         """Finish the job, flush answers, checkpoint, commit, leave."""
+        self._leaving.set()
         self.state = "draining"
         started = time.monotonic()
-        with anyio.move_on_after(DRAIN_SECONDS) as scope:
+        async with self._turn:
             await self._finish_job()
             if not self._stopping:
                 await self._model(self.runner.finish)
             await self._checkpoint(wait=True)
-            await self._thread(self.writer.stop)
-            for reader in self.readers:
-                reader.stop()
-        if scope.cancelled_caught:
-            raise RestartError(
-                f"draining took more than {DRAIN_SECONDS:.0f} s; the last checkpoint is good, start again"
-            )
+        await self._thread(self.writer.stop)
+        for reader in self.readers:
+            reader.stop()
         log.info("drained", seconds=round(time.monotonic() - started, 3), events=self.core.counts["events"])
 
+    async def _limit_draining(self, patience: anyio.CancelScope) -> None:
+        """Give up once leaving has taken too long, whatever it hangs on."""
+        with patience:
+            await self._leaving.wait()
+            await anyio.sleep(DRAIN_SECONDS)
+            self.writer.abort()
+            waiting = self.writer.waiting_for
+            raise RestartError(
+                f"draining took more than {DRAIN_SECONDS:.0f} s{f', waiting for {waiting}' if waiting else ''};"
+                " the last checkpoint is good, start again"
+            )
+
     # -- what others may know -----------------------------------------------------------------------------------
-
-    def waiting_for(self) -> str:
-        """What the daemon waits for at this instant, in words; empty while nothing is in its way."""
-        if self.writer.waiting_for:
-            return self.writer.waiting_for
-        paused = [stream for reader in self.readers for stream in reader.paused]
-        if paused:
-            return f"paused until the backlog is worked off: {', '.join(paused)}"
-        return self.state if self.state.startswith(("starting", "waiting")) else ""
-
-    def status(self) -> dict[str, Any]:
-        """What the daemon is doing, as JSON values."""
-        core = self.core
-        return {
-            "state": self.state,
-            "waiting_for": self.waiting_for(),
-            "uptime_seconds": round(time.monotonic() - self.started, 1),
-            "events": core.counts["events"],
-            "labels": core.counts["labels"],
-            "model": {"release": core.release, "step": core.step, "alpha": core.alpha},
-            "accuracy": core.audit.accuracies(),
-            "audited": len(core.audit),
-            "counts": dict(sorted(core.counts.items())),
-            "joins": {"pending": core.joins.pending, "bytes": core.joins.bytes, **core.joins.counts},
-            "positions": {f"{stream}-{number}": at for (stream, number), at in sorted(self.runner.positions.items())},
-            "lag": {f"{s}-{n}": lag for reader in self.readers for (s, n), lag in sorted(reader.lag.items())},
-            "replaying": self.cutter.replaying,
-            "replayed": self.runner.replayed,
-            "checkpoint": {"step": self.runner.keeper.saved_step, "age_seconds": self._checkpoint_age()},
-            "background_job": self.core.job is not None,
-        }
-
-    def _checkpoint_age(self) -> float | None:
-        return round(time.monotonic() - self.saved_at, 1) if self.saved_at else None
 
     def export(self) -> None:
         """Bring the metrics that are read off the daemon up to date."""

@@ -54,7 +54,6 @@ class Keeper:
         self.sequence = 0
         self.saved_step: int | None = None
         self.fallbacks = 0
-        self.fallbacks = 0
         """Checkpoints found bad and passed over by `restore`."""
 
     def restore(self, core: Core) -> tuple[Positions, list[Entry]] | None:
@@ -65,11 +64,17 @@ class Keeper:
 
         Raises:
             NoValidCheckpointError: If there were checkpoints but none is valid.
+            StorageError: If there is a journal without a checkpoint, or the model is another one.
         """
         loaded = self.store.load(lambda found: self._fits(found, core))
         if loaded is None:
+            self.journal.reopen()
+            if self.journal.next_sequence is not None:
+                raise StorageError(
+                    f"{self.store.directory} holds a journal and no checkpoint that it belongs to; put the checkpoints"
+                    " back, or start anew with --fresh, which keeps what is there in a folder aside-N"
+                )
             return None
-        self.fallbacks = len(loaded.fallbacks)
         self.fallbacks = len(loaded.fallbacks)
         for fallback in loaded.fallbacks:
             log.error("checkpoint_passed_over", name=fallback.name, reason=fallback.reason)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -72,32 +74,31 @@ def core_of(loaded: LoadedPolicy, *, background: bool, directory: Path | None) -
         raise loaded.locate(error) from error
 
 
-def assemble(loaded: LoadedPolicy, metrics: Metrics) -> Daemon:
-    """Take the state directory, restore what is there, and put the daemon together.
+def assemble(loaded: LoadedPolicy, metrics: Metrics, store: CheckpointStore) -> Daemon:
+    """Restore what is in the state directory, and put the daemon together.
+
+    Args:
+        loaded: The policy.
+        metrics: What is exported.
+        store: The state directory, locked.
 
     Raises:
         PolicyFileError: The policy cannot run here.
-        StateLockedError: Another daemon holds the state directory.
         StorageError: The state directory cannot be used, or holds no valid checkpoint.
     """
     policy = loaded.policy
-    if policy.streams is None:
-        raise PolicyFileError("streams: missing; a policy without streams serves for 'adaptd backtest' alone")
-    state = loaded.resolve(policy.state)
-    disk = LocalDisk(allow_network=policy.checkpoint.allow_network)
-    store = CheckpointStore(state, keep=policy.checkpoint.keep, disk=disk)
-    store.lock()
+    store.sweep()
+    kernels.self_check(choose_device(policy.model.device))
+    background = policy.learning.mode == "background" and not policy.by_time
+    core = core_of(loaded, background=background, directory=store.directory / "spill")
+    keeper = Keeper(store, Journal(store.directory), loaded.digest)
     try:
-        store.sweep()
-        kernels.self_check(choose_device(policy.model.device))
-        background = policy.learning.mode == "background" and not policy.by_time
-        core = core_of(loaded, background=background, directory=state / "spill")
-        keeper = Keeper(store, Journal(state), loaded.digest)
         positions, entries = _restore(keeper, core)
         metrics.begin(core)
-        return _daemon(loaded, metrics, core, keeper, positions, entries, state)
+        return _daemon(loaded, metrics, core, keeper, positions, entries)
     except BaseException:
-        store.close()
+        core.joins.close()
+        keeper.journal.close()
         raise
 
 
@@ -118,37 +119,22 @@ def _daemon(
     keeper: Keeper,
     positions: Positions,
     entries: list[Entry],
-    state: Path,
 ) -> Daemon:
     policy = loaded.policy
-    streams = policy.streams
-    assert streams is not None
-    sources = build_sources(policy, loaded.resolve, state)
+    assert policy.streams is not None
+    sources = build_sources(policy, loaded.resolve, keeper.store.directory)
     kinds = {stream: kind for _, carried in sources for stream, kind in carried.items()}
     readers: list[Reader] = []
-
-    def flushed(reached: Positions) -> None:
-        for reader in readers:
-            own = {p: at for p, at in reached.items() if p in set(reader.partitions)}
-            reader.commit(own)
-
-    writer = Writer(
-        build_sink(policy, streams.predictions, loaded.resolve, letters=False),
-        build_sink(policy, streams.dead_letters, loaded.resolve, letters=True),
-        form=streams.predictions.format,
-        flushed=flushed,
-        metrics=metrics,
-    )
-    start = _start(positions, entries)
+    writer = _writer(loaded, metrics, readers)
     daemon = Daemon(
         runner=Runner(core, keeper, writer, metrics, positions),
         cutter=_cutter(policy, kinds, entries),
-        readers=[],
+        readers=readers,
         writer=writer,
         metrics=metrics,
         checkpoint_every=policy.checkpoint.every,
     )
-    high = HIGH_BATCHES * policy.batching.max_size
+    start = _start(positions, entries)
     for source, carried in sources:
         reader = Reader(
             source,
@@ -157,11 +143,30 @@ def _daemon(
             start,
             hand_over=daemon.hand_over,
             revoked=daemon.revoked,
-            high=high,
+            high=HIGH_BATCHES * policy.batching.max_size,
         )
         readers.append(reader)
     daemon.readers = readers
     return daemon
+
+
+def _writer(loaded: LoadedPolicy, metrics: Metrics, readers: list[Reader]) -> Writer:
+    """The writer, which has what is answered committed by the reader that it came from."""
+    streams = loaded.policy.streams
+    assert streams is not None
+
+    def flushed(reached: Positions) -> None:
+        for reader in readers:
+            own = {p: at for p, at in reached.items() if p in set(reader.partitions)}
+            reader.commit(own)
+
+    return Writer(
+        build_sink(loaded.policy, streams.predictions, loaded.resolve, letters=False),
+        build_sink(loaded.policy, streams.dead_letters, loaded.resolve, letters=True),
+        form=streams.predictions.format,
+        flushed=flushed,
+        metrics=metrics,
+    )
 
 
 def _cutter(policy: Policy, kinds: dict[str, Kind], entries: list[Entry]) -> Cutter:
@@ -180,31 +185,78 @@ def _start(positions: Positions, entries: list[Entry]) -> Positions:
     return start
 
 
-def run_policy(loaded: LoadedPolicy, *, watch: Callable[[Daemon], Any] | None = None) -> Daemon:
+def run_policy(loaded: LoadedPolicy, *, fresh: bool = False, watch: Callable[[Daemon], Any] | None = None) -> Daemon:
     """Run a policy until its streams end or a signal comes.
 
     Args:
         loaded: The policy.
+        fresh: Whether to set aside what the state directory holds and start anew.
         watch: An async function that is given the daemon and runs beside it until it ends.
+
+    Raises:
+        PolicyFileError: The policy cannot run here, or the port of its metrics is taken.
+        StateLockedError: Another daemon holds the state directory.
+        StorageError: The state directory cannot be used, or holds no valid checkpoint.
     """
     policy = loaded.policy
-    _usable(loaded.resolve(policy.state))
-    sock = bind(policy.metrics.host, policy.metrics.port) if policy.metrics.enabled else None
-    try:
-        metrics = Metrics()
-        daemon = assemble(loaded, metrics)
+    if policy.streams is None:
+        missing = "streams: missing; a policy without streams serves for 'adaptd backtest' alone"
+        raise loaded.locate(PolicyFileError(missing))
+    state = loaded.resolve(policy.state)
+    _usable(state)
+    disk = LocalDisk(allow_network=policy.checkpoint.allow_network)
+    with CheckpointStore(state, keep=policy.checkpoint.keep, disk=disk) as store, _listening(loaded) as sock:
+        if fresh:
+            _set_aside(store)
+        daemon = assemble(loaded, Metrics(), store)
         try:
             anyio.run(_run, daemon, sock, loaded, watch)
         finally:
             daemon.core.joins.close()
-            daemon.runner.keeper.store.close()
-        return daemon
-    finally:
-        if sock is not None:
-            sock.close()
+            daemon.runner.keeper.journal.close()
+    return daemon
 
 
-async def _run(daemon: Daemon, sock: Any, loaded: LoadedPolicy, watch: Callable[[Daemon], Any] | None) -> None:
+@contextmanager
+def _listening(loaded: LoadedPolicy) -> Iterator[socket.socket | None]:
+    """The socket of the pages, bound before anything is read; none where they are switched off."""
+    metrics = loaded.policy.metrics
+    if not metrics.enabled:
+        yield None
+        return
+    try:
+        sock = bind(metrics.host, metrics.port)
+    except PolicyFileError as error:
+        raise loaded.locate(error) from error
+    with sock:
+        yield sock
+
+
+def _set_aside(store: CheckpointStore) -> None:
+    """Move checkpoints, journal and committed offsets of files into a folder ``aside-N``, so that nothing is lost.
+
+    Raises:
+        StorageError: They cannot be moved.
+    """
+    state = store.directory
+    aside = store.set_aside()
+    try:
+        rest = sorted((*state.glob("journal-*.log"), *state.glob("files-*")))
+        if rest and aside is None:
+            aside = state / f"aside-{1 + len([*state.glob('aside-*')])}"
+            aside.mkdir(mode=0o700)
+        for path in rest:
+            assert aside is not None
+            path.rename(aside / path.name)
+    except OSError as error:
+        raise StorageError(f"{state}: what is there cannot be set aside: {error}") from error
+    if aside is not None:
+        log.warning("set_aside", folder=str(aside))
+
+
+async def _run(
+    daemon: Daemon, sock: socket.socket | None, loaded: LoadedPolicy, watch: Callable[[Daemon], Any] | None
+) -> None:
     policy = {"path": str(loaded.path), "digest": loaded.digest}
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(daemon.handle_signals)

@@ -71,7 +71,7 @@ class Metrics(Families):
         self.batch_size.observe(len(events))
         self._stages["predict"].observe(predict)
         self._stages["adapt"].observe(adapt)
-        oldest = min([event.record.timestamp for event in events])
+        oldest = min([event.record[4] for event in events])
         if oldest == oldest:  # NaN where the stream has no timestamps
             self.latency.observe(max(0.0, now - adapt - oldest))
         self._applied(events, now)

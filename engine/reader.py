@@ -23,6 +23,8 @@ from streams.journal import Kind
 
 POLL_RECORDS = 512
 POLL_SECONDS = 0.1
+PAUSED_SECONDS = 0.02
+"""Longest wait between two polls while a stream is paused: the others go on, and so does the client's heartbeat."""
 COMMIT_SECONDS = 1.0
 
 
@@ -71,6 +73,7 @@ class Reader:
         self._announced: frozenset[Partition] = frozenset()
         self._commits: deque[Positions] = deque(maxlen=1)
         self._stop = threading.Event()
+        self._room = threading.Event()
         self._running = False
         self.partitions: list[Partition] = []
         self.committed: Positions = {}
@@ -109,9 +112,20 @@ class Reader:
         """Have positions committed soon; a newer request replaces an older one."""
         self._commits.append(positions)
 
+    def used(self) -> None:
+        """Hear that records were used up, so that a paused stream may go on."""
+        if self._paused:
+            self._room.set()
+
     def stop(self) -> None:
         """Stop reading; `run` returns after a last commit."""
         self._stop.set()
+        self._room.set()
+
+    @property
+    def bounded(self) -> bool:
+        """Whether the source ends by itself."""
+        return self._source.bounded
 
     # -- the thread ---------------------------------------------------------------------------------------------
 
@@ -120,25 +134,41 @@ class Reader:
         self._source.open(self)
         self.committed = self._source.committed()
 
+    def close(self) -> None:
+        """Leave the source; `run` ends with that."""
+        self._source.close()
+
     def run(self, taken: Mapping[str, int]) -> None:
         """Poll until stopped or until a bounded source has ended; ``taken`` counts what the engine used up."""
         self._running = True
         try:
             next_look = 0.0
             while not self._stop.is_set():
+                self._room.clear()
                 self._regulate(taken)
-                records = self._source.poll(POLL_RECORDS, POLL_SECONDS)
+                records = self._poll()
                 self.last_poll = now = time.monotonic()
                 if records:
                     self._give(records)
                 self._announce_end()
+                if self._announced and len(self._announced) == len(self.partitions):
+                    self._stop.wait(POLL_SECONDS)  # with nothing left, no poll waits
                 if now >= next_look:
                     next_look = now + COMMIT_SECONDS
                     self._commit()
                     self.lag = self._source.lag()
             self._commit()
         finally:
-            self._source.close()
+            self.close()
+
+    def _poll(self) -> Sequence[Record]:
+        """Ask the source; while a stream is paused, wait for room rather than inside the source."""
+        if not self._paused:
+            return self._source.poll(POLL_RECORDS, POLL_SECONDS)
+        records = self._source.poll(POLL_RECORDS, 0.0)
+        if not records:
+            self._room.wait(PAUSED_SECONDS)
+        return records
 
     def _regulate(self, taken: Mapping[str, int]) -> None:
         """Pause the streams of which too much waits and resume those of which little does."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import cast
 
 from engine.core import Core
-from engine.cutter import Cut, split
+from engine.cutter import Bad, Cut, split
 from engine.keeper import Keeper, Snapshot
 from engine.metrics import Metrics
 from engine.writer import Outgoing, Writer
@@ -59,19 +60,19 @@ class Runner:
         good, bad = split(cut.items)
         positions = cut.positions()
         if cut.kind is Kind.DATA and good:
-            self._answer([item for item in good if isinstance(item, Event)], bad, positions, cut)
+            self._answer(cast("list[Event]", good), bad, positions)  # a stream carries one kind
             return
         if good:
             started = time.perf_counter()
-            self.core.feedback([item for item in good if isinstance(item, Feedback)])
+            self.core.feedback(cast("list[Feedback]", good))
             self.metrics.feedback(good, time.perf_counter() - started)
         self.writer.put(Outgoing(bad=bad, positions=positions))
 
-    def _answer(self, events: list[Event], bad: Sequence[object], positions: Positions, cut: Cut) -> None:
+    def _answer(self, events: list[Event], bad: Sequence[Bad], positions: Positions) -> None:
         started = time.perf_counter()
         answers = self.core.answer(events)
         answered = time.perf_counter()
-        self.writer.put(Outgoing(answers, bad, positions))  # type: ignore[arg-type]
+        self.writer.put(Outgoing(answers, bad, positions))
         put = time.perf_counter()
         self.core.follow()
         self.metrics.batch(events, answered - started, time.perf_counter() - put)

@@ -37,12 +37,16 @@ class Outgoing:
     barrier: threading.Event | None = None
 
 
+class _AbortedError(Exception):
+    """What was to be written is given up."""
+
+
 class Writer:
     """Writes answers and dead letters.
 
     Args:
         predictions: Where answers go.
-        dead_letters: Where records that cannot be decoded go; without it the first one stops the daemon's stream.
+        dead_letters: Where records that cannot be decoded go; without it they are counted and dropped.
         form: The form of answers.
         flushed: Called on the writer's thread with positions that are safe to commit.
         metrics: Where to count.
@@ -81,13 +85,13 @@ class Writer:
         return self._queue.qsize()
 
     def open(self) -> None:
-        """Open the sinks. Raises as `Sink.open` does."""
+        """Open the sinks; may be called again where one was unavailable. Raises as `Sink.open` does."""
         for sink in (self._predictions, self._dead_letters):
             if sink is not None:
                 sink.open()
 
-    def put(self, item: Outgoing) -> None:
-        """Queue what a cut gives, from any thread; blocks while the queue is full."""
+    def put(self, item: Outgoing | None) -> None:
+        """Queue what a cut gives, from any thread; blocks while the queue is full, and drops it after `abort`."""
         while not self._abort.is_set():
             with contextlib.suppress(queue.Full):
                 self._queue.put(item, timeout=0.5)
@@ -107,14 +111,22 @@ class Writer:
 
     def stop(self) -> None:
         """Have `run` return once everything put before is flushed."""
-        self._queue.put(None)
+        self.put(None)
 
     def abort(self) -> None:
-        """Have `run` return soon, whatever is left."""
+        """Have `run` return soon, whatever is left; what is not flushed by then is not passed on as answered."""
         self._abort.set()
 
     def run(self) -> None:
-        """Write until stopped."""
+        """Write until stopped or aborted.
+
+        Raises:
+            StreamError: A sink cannot be written at all.
+        """
+        with contextlib.suppress(_AbortedError):
+            self._run()
+
+    def _run(self) -> None:
         try:
             last_flush = time.monotonic()
             while not self._abort.is_set():
@@ -134,9 +146,13 @@ class Writer:
                     item.barrier.set()
         finally:
             self._abort.set()
-            for sink in (self._predictions, self._dead_letters):
-                if sink is not None:
-                    sink.close()
+            self.close()
+
+    def close(self) -> None:
+        """Close the sinks; `run` ends with that."""
+        for sink in (self._predictions, self._dead_letters):
+            if sink is not None:
+                sink.close()
 
     def _write(self, item: Outgoing) -> None:
         started = time.perf_counter()
@@ -198,9 +214,15 @@ class Writer:
         self._flushed(dict(self._positions))
 
     def _retry(self, sink: Sink, action: Callable[[], None]) -> None:
-        """Do it, with backoff for as long as the other side does not answer."""
+        """Do it, with backoff for as long as the other side does not answer.
+
+        Raises:
+            _AbortedError: `abort` was called before it was done.
+        """
         attempt = 0
-        while not self._abort.is_set():
+        while True:
+            if self._abort.is_set():
+                raise _AbortedError
             try:
                 action()
             except StreamUnavailableError as error:

@@ -12,7 +12,6 @@ hooks behind them.
 from __future__ import annotations
 
 import enum
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol
@@ -402,9 +401,3 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
                     f"expected {tuple(tensor.shape)}"
                 )
             tensor.copy_(weights[name])
-
-
-def effective_sample_size(weights: Tensor) -> float:
-    """``(sum w)^2 / sum w^2`` of non-negative weights ``(N,)``; 0 where all are zero."""
-    total, squares = float(weights.sum()), float(weights.square().sum())
-    return total * total / squares if squares > 0 and math.isfinite(total) else 0.0

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from streams.base import Message, Record, StreamError, StreamUnavailableError
 from streams.file_state import sync_directory
-from streams.framing import MAGIC, FrameError, Origin, frame_of, line_of, split_frames, split_of
+from streams.framing import MAGIC, FrameError, Origin, frames_of, line_of, split_frames, split_of
 
 _BLOCK_BYTES: Final = 1024 * 1024
 _ERRORS: Final = "__adaptd.errors."
@@ -90,13 +90,12 @@ class FileSink:
             StreamError: A message cannot be a record of this file; none of them is accepted.
             StreamUnavailableError: The disk takes nothing at present; none of them is accepted.
         """
-        parts = [self._encode(message) for message in messages]
-        size = sum(map(len, parts))
-        if self._buffered + size >= _BLOCK_BYTES:
-            self._write(parts)
+        part = self._encode(messages)
+        if self._buffered + len(part) >= _BLOCK_BYTES:
+            self._write(part)
             return
-        self._parts += parts
-        self._buffered += size
+        self._parts.append(part)
+        self._buffered += len(part)
 
     def flush(self, timeout: float) -> None:
         """Return once everything sent is in the file, and on the disk unless ``fsync`` is off.
@@ -126,17 +125,18 @@ class FileSink:
             self.flush(0)
         self._abandon()
 
-    def _encode(self, message: Message) -> bytes:
+    def _encode(self, messages: Sequence[Message]) -> bytes:
         try:
             if self._frames:
-                return frame_of(message.value)
-            return line_of(_seal(message) if self._envelope else message.value)
+                return frames_of([message.value for message in messages])
+            values = [_seal(message) if self._envelope else message.value for message in messages]
+            return b"".join(map(line_of, values))
         except ValueError as error:
             raise StreamError(f"{self._path}: {error}") from None
 
-    def _write(self, parts: Sequence[bytes] = ()) -> None:
-        """Write what is buffered and these parts, or nothing."""
-        block = b"".join((*self._parts, *parts))
+    def _write(self, part: bytes = b"") -> None:
+        """Write what is buffered and this part, or nothing."""
+        block = b"".join((*self._parts, part))
         if not block:
             return
         if self._fd < 0:

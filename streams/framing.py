@@ -15,7 +15,8 @@ from __future__ import annotations
 import math
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -93,17 +94,18 @@ def split_frames(buffer: bytes, origin: Origin, records: list[Record]) -> int:
         if size < len(MAGIC):
             return 0
         at = len(MAGIC)
+    unpack, crc_of, make, nan = _FRAME.unpack_from, zlib.crc32, Record, math.nan  # looked up once, not per frame
     while at + 8 <= size:
-        length, crc = _FRAME.unpack_from(buffer, at)
+        length, crc = unpack(buffer, at)
         if not 0 < length <= MAX_PAYLOAD:
             raise FrameError(at, f"a frame announces {length} bytes, 1 to {MAX_PAYLOAD} are possible")
         end = at + 8 + length
         if end > size:
             break
         payload = buffer[at + 8 : end]
-        if zlib.crc32(payload) != crc:
+        if crc_of(payload) != crc:
             raise FrameError(at, "a frame does not match its checksum")
-        records.append(Record(stream, partition, shift + at, shift + end, math.nan, None, payload))
+        records.append(make(stream, partition, shift + at, shift + end, nan, None, payload))
         at = end
     return at
 
@@ -143,6 +145,18 @@ def frame_of(value: bytes) -> bytes:
     Raises:
         ValueError: The value is empty or longer than `MAX_PAYLOAD`.
     """
-    if not 0 < len(value) <= MAX_PAYLOAD:
-        raise ValueError(f"a frame holds 1 to {MAX_PAYLOAD} bytes, not {len(value)}")
-    return _FRAME.pack(len(value), zlib.crc32(value)) + value
+    return frames_of([value])
+
+
+def frames_of(values: Sequence[bytes]) -> bytes:
+    """Return the frames that hold the values, one after another.
+
+    Raises:
+        ValueError: A value is empty or longer than `MAX_PAYLOAD`.
+    """
+    sizes = list(map(len, values))
+    for size in sizes:
+        if not 0 < size <= MAX_PAYLOAD:
+            raise ValueError(f"a frame holds 1 to {MAX_PAYLOAD} bytes, not {size}")
+    heads = map(_FRAME.pack, sizes, map(zlib.crc32, values))
+    return b"".join(chain.from_iterable(zip(heads, values, strict=True)))

@@ -25,7 +25,8 @@ from streams.join_format import (
     unpack_entries,
     unpack_settled,
 )
-from streams.join_settled import How, Settled, text_bytes
+from streams.join_settled import How, Settled
+from streams.join_size import event_bytes, events_bytes, text_bytes
 from streams.join_snapshot import JoinSnapshot
 from streams.join_spill import Row, Spill
 
@@ -43,20 +44,12 @@ KINDS = (
     "redelivered",
     "spill_failed",
 )
-_EVENT_BYTES = 384  # tuple, numbers, headers of id and inputs, slot of a hash table at its emptiest
-_GROUP_BYTES = 64
 _EARLY_BYTES = 320
 _SHARE = 8  # early feedback and settled ids may take an eighth of the memory each
 _SWEEPS = 16  # sweeps a window: expiry is exact all the same, since each access looks at the time
 _CHUNK_BYTES = 1 << 20  # what one move to disk takes: some milliseconds
 
 _Bytes = bytes  # the store has a property of that name
-
-
-def _event_bytes(id: str, fields: Fields) -> int:  # noqa: A002
-    group = fields[2]
-    size = _EVENT_BYTES + text_bytes(id) + len(fields[0])
-    return size if group is None else size + _GROUP_BYTES + text_bytes(group)
 
 
 class JoinStore:
@@ -140,11 +133,34 @@ class JoinStore:
         """
         self._advance(watermark)
         joined: list[Joined] = []
+        if self._all_new(items):
+            # A plain tuple of plain values is left alone by the garbage collector; a named one never is.
+            self._waiting.update([(item[0], item[1:]) for item in items])
+            self._waiting_bytes += events_bytes(items)
+        else:
+            self._waiting_bytes += events_bytes(self._sort(items, joined))
+        self._keep_bounds()
+        return joined
+
+    def _all_new(self, items: Sequence[Waiting]) -> bool:
+        """Whether no id was seen before and no event is too old: a few passes in C for what is nearly always so."""
+        names = {item[0] for item in items}
+        return (
+            len(names) == len(items)
+            and self._waiting.keys().isdisjoint(names)
+            and self._settled.how.keys().isdisjoint(names)
+            and self._early.keys().isdisjoint(names)
+            and not (self._spill is not None and self._spill.count and self._spill.holds(list(names)))
+            and min([item[2] for item in items], default=self._limit) >= self._limit
+        )
+
+    def _sort(self, items: Sequence[Waiting], joined: list[Joined]) -> list[Waiting]:
+        """Settle events one by one; return those that wait from now on."""
+        kept: list[Waiting] = []
         on_disk: set[str] = set()
         if self._spill is not None and self._spill.count:
             on_disk = self._spill.holds([item[0] for item in items])
         waiting, settled, limit = self._waiting, self._settled.how, self._limit
-        size = 0
         for item in items:
             name = item[0]
             if name in waiting or name in settled or name in on_disk:
@@ -154,15 +170,9 @@ class JoinStore:
             elif item[2] < limit:
                 self._expire(name)
             else:
-                # A plain tuple of plain values is left alone by the garbage collector; a named one never is.
-                waiting[name] = fields = item[1:]
-                group = item[3]
-                size += _EVENT_BYTES + len(fields[0]) + (len(name) if name.isascii() else text_bytes(name))
-                if group is not None:
-                    size += _GROUP_BYTES + text_bytes(group)
-        self._waiting_bytes += size
-        self._keep_bounds()
-        return joined
+                waiting[name] = item[1:]
+                kept.append(item)
+        return kept
 
     def _seen_before(self, name: str) -> None:
         if self._settled.how.get(name) is How.INLINE:
@@ -223,7 +233,7 @@ class JoinStore:
                     row = rows.pop(name)
                     removed.append((row.seq, row.cost))
                 else:
-                    self._waiting_bytes -= _event_bytes(name, self._waiting.pop(name))
+                    self._waiting_bytes -= event_bytes(name, self._waiting.pop(name))
                 self._settled.add(name, How.JOINED)
                 inputs = fields[0] if item.inputs is None else item.inputs
                 joined.append(Joined(name, inputs, *fields[1:], item.label, item.reward, item.time))
@@ -271,7 +281,7 @@ class JoinStore:
                 self._expire(name)
         limit = self._limit
         for name in [name for name, fields in self._waiting.items() if fields[1] < limit]:
-            self._waiting_bytes -= _event_bytes(name, self._waiting.pop(name))
+            self._waiting_bytes -= event_bytes(name, self._waiting.pop(name))
             self._expire(name)
         for name in [name for name, feedback in self._early.items() if feedback[2] < limit]:
             self._pop_early(name)
@@ -302,10 +312,10 @@ class JoinStore:
             if size <= 0:
                 break
             oldest.append((name, fields))
-            size -= _event_bytes(name, fields)
+            size -= event_bytes(name, fields)
         for name, fields in oldest:
             del self._waiting[name]
-            self._waiting_bytes -= _event_bytes(name, fields)
+            self._waiting_bytes -= event_bytes(name, fields)
         if self._spill is not None:
             try:
                 self._spill.put(oldest)
@@ -368,7 +378,7 @@ class JoinStore:
     def _load_waiting(self, payload: _Bytes) -> None:
         for name, fields in unpack_entries(payload):
             self._waiting[name] = fields
-            self._waiting_bytes += _event_bytes(name, fields)
+            self._waiting_bytes += event_bytes(name, fields)
         self._keep_bounds()
 
     def _load_scalars(self, scalars: dict[str, Any]) -> None:

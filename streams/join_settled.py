@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from enum import IntEnum
 from itertools import islice
 
-__all__ = ["How", "Settled", "text_bytes"]
+from streams.join_size import text_bytes
+
+__all__ = ["How", "Settled"]
 
 _ENTRY_BYTES = (
     152  # str header and rounding (64), slot of a hash table at its emptiest (88); see benchmarks/join_memory
@@ -23,11 +25,6 @@ class How(IntEnum):
     """Its event met its feedback."""
     INLINE = 2
     """Its feedback brought the inputs along, and the event itself has not come yet."""
-
-
-def text_bytes(text: str) -> int:
-    """Return what the characters of a string take in memory at most, in bytes."""
-    return len(text) if text.isascii() else 8 * len(text) + 24
 
 
 class Settled:

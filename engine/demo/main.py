@@ -44,17 +44,17 @@ streams:
   dead_letters: {file: ./dead-letters.jsonl}
 batching: {max_size: 64}
 join: {window: 60s, max_bytes: 64MB}
-adaptation: {method: rotta, lr: 0.003, nu: 0.02}
+adaptation: {method: rotta, layers: [batch], nu: 0.01}
 reweighting: [{method: age, half_life: 10s}]
-learning: {optimizer: adam, lr: 0.003, batch_size: 32}
+learning: {optimizer: adam, lr: 0.0002, batch_size: 4}
 safeguards:
-  - {method: replay, capacity: 2000, batch: 64}
+  - {method: replay, capacity: 2000, batch: 64, weight: 2}
   - {method: collapse}
   - {method: finite}
 interpolation: {method: linear}
-gate: {method: flips, budget: 0.03}
-audit: {share: 0.2, window: 400}
-release: {every: 400}
+gate: {method: flips, budget: 0.05}
+audit: {share: 0.15, window: 300}
+release: {every: 300}
 checkpoint: {every: 2s, keep: 3}
 metrics: {port: 0}
 log: {level: warning}
@@ -234,7 +234,7 @@ def _collect(directory: Path, stream: streams.Stream, seconds: float) -> Outcome
 
 
 def _show(outcome: Outcome, page: Path) -> None:
-    table = Table(title=f"{len(outcome.adapted)} events in {outcome.seconds:.1f} s, labels for a fifth of them, late")
+    table = Table()
     table.add_column("phase")
     for name in ("events", "frozen", "adapted", "gain"):
         table.add_column(name, justify="right")
@@ -244,9 +244,10 @@ def _show(outcome: Outcome, page: Path) -> None:
     table.add_section()
     for name in ("drifted", "clean"):
         table.add_row(*_cells(name, "", summary[name]["frozen"], summary[name]["adapted"]))
-    console = Console()
+    console = Console(soft_wrap=True)
+    console.print(f"{summary['events']} events in {outcome.seconds:.1f} s; labels for a fifth of them, and late")
     console.print(table)
-    console.print(f"updates {summary['updates']}, releases {summary['releases']}; the pictures are in {page}")
+    console.print(f"{summary['updates']} updates, {summary['releases']} releases; pictures: {page}")
 
 
 def _cells(name: str, count: str, frozen: float, adapted: float) -> tuple[str, ...]:

@@ -118,10 +118,10 @@ def make_stream(
     events: int = 20_000,
     *,
     seed: int = 0,
-    gamma: float = 0.3,
+    gamma: float = 0.5,
     rate: float = 100.0,
     feedback_share: float = 0.2,
-    delay: tuple[float, float] = (1.0, 6.0),
+    delay: tuple[float, float] = (0.5, 4.0),
 ) -> Stream:
     """Draw the stream.
 

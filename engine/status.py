@@ -1,0 +1,44 @@
+"""What a daemon is doing and what it waits for, for people: the body of ``/status``."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from engine.daemon import Daemon
+
+
+def waiting_for(daemon: Daemon) -> str:
+    """What the daemon waits for at this instant, in words; empty while nothing is in its way."""
+    if daemon.writer.waiting_for:
+        return daemon.writer.waiting_for
+    paused = [stream for reader in daemon.readers for stream in reader.paused]
+    if paused:
+        return f"paused until the backlog is worked off: {', '.join(paused)}"
+    return daemon.state if daemon.state.startswith(("starting", "waiting")) else ""
+
+
+def status(daemon: Daemon) -> dict[str, Any]:
+    """What the daemon is doing, as JSON values. Called on the event loop."""
+    core, now = daemon.core, time.monotonic()
+    age = None if daemon.saved_at is None else round(now - daemon.saved_at, 1)
+    return {
+        "state": daemon.state,
+        "waiting_for": waiting_for(daemon),
+        "uptime_seconds": round(now - daemon.started, 1),
+        "events": core.counts["events"],
+        "labels": core.counts["labels"],
+        "model": {"release": core.release, "step": core.step, "alpha": core.alpha},
+        "accuracy": core.audit.accuracies(),
+        "audited": len(core.audit),
+        "counts": dict(sorted(dict(core.counts).items())),
+        "joins": {"pending": core.joins.pending, "bytes": core.joins.bytes, **core.joins.counts},
+        "partitions": [f"{s}-{n}" for reader in daemon.readers for s, n in reader.partitions],
+        "positions": {f"{s}-{n}": at for (s, n), at in sorted(dict(daemon.runner.positions).items())},
+        "lag": {f"{s}-{n}": lag for reader in daemon.readers for (s, n), lag in sorted(dict(reader.lag).items())},
+        "replaying": daemon.cutter.replaying,
+        "replayed": daemon.runner.replayed,
+        "checkpoint": {"step": daemon.runner.keeper.saved_step, "age_seconds": age},
+        "background_job": core.job is not None,
+    }

@@ -1,0 +1,299 @@
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from kafka import KafkaAdminClient
+
+from streams.base import Message
+from streams.codec import encode_event, encode_feedback
+from streams.kafka import KafkaSettings
+from tests.broker.daemons import (
+    CONVOLUTIONS,
+    POLICY,
+    SLOW,
+    Daemon,
+    Topics,
+    answers,
+    committed,
+    ends,
+    everything,
+    send,
+    small_events,
+    small_feedback,
+)
+from tests.broker.helpers import LIMIT, SinkFactory, TopicFactory
+from tests.broker.node import Node
+
+
+@pytest.fixture
+def daemons(tmp_path: Path, bootstrap: str) -> Iterator[Any]:
+    made: list[Daemon] = []
+
+    def make(topics: Topics, name: str = "daemon", **content: str) -> Daemon:
+        made.append(Daemon(tmp_path / name, topics, bootstrap, **content))
+        return made[-1]
+
+    yield make
+    for daemon in made:
+        daemon.end()
+
+
+def image_events(count: int) -> list[Message]:
+    """Images in each of the forms of an event: lists, base64, binary."""
+    rng = np.random.default_rng(0)
+    messages = []
+    for n in range(count):
+        image = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+        form = "binary" if n % 3 == 2 else "json"
+        value = encode_event(f"e{n}", image, time=1e9 + n, form=form, tensor=n % 3 == 1)
+        messages.append(Message(b"e%d" % n, value))
+    return messages
+
+
+def test_the_documented_policy_answers_joins_buries_drains_and_commits(
+    topic: TopicFactory, sink: SinkFactory, daemons: Any, settings: KafkaSettings, admin: KafkaAdminClient
+) -> None:
+    topics, count = Topics.make(topic), 300
+    life = daemons(topics, policy=POLICY, model=CONVOLUTIONS).start()
+    events, feedback = sink(topics.data), sink(topics.feedback)
+    bad = [
+        Message(b"b1", b'{"id": "b1", "inputs": [1, NaN]}', (("trace", b"\x00\xff"),)),
+        Message(None, b"\xff\xfe\x00 no text"),
+        Message(b"b3", b""),
+    ]
+    send(events, [*image_events(count)[:150], *bad[:2], *image_events(count)[150:]])
+    send(feedback, bad[2:])
+    life.until(lambda status: status["events"] == count)
+    labels = [encode_feedback(f"e{n}", label=n % 10, time=1e9 + n + 60, form="json") for n in range(count)]
+    send(feedback, [Message(b"e%d" % n, value) for n, value in enumerate(labels)])
+    status = life.until(lambda status: status["labels"] == count)
+    assert status["joins"]["joined"] == count
+    assert status["joins"]["pending"] == 0
+    assert life.metric("adaptd_events_total") == count
+    assert life.metric("adaptd_dead_letters_total") == 3
+    assert life.terminate() == 0, life.words
+
+    records = everything(settings, topics.predictions)
+    found = [json.loads(record.value) for record in records]
+    assert sorted(answer["id"] for answer in found) == sorted(f"e{n}" for n in range(count))
+    for answer, record in zip(found, records, strict=True):
+        assert answer.keys() - {"version"} == {"id", "label", "probabilities", "time", "model"}
+        assert answer["model"].keys() == {"release", "step"}
+        assert answer["time"] == 1e9 + int(answer["id"][1:])
+        assert record.key == answer["id"].encode()
+        assert len(answer["probabilities"]) == 10
+        assert sum(answer["probabilities"]) == pytest.approx(1, abs=1e-5)
+        assert answer["label"] == int(np.argmax(answer["probabilities"]))
+    letters = everything(settings, topics.dead_letters)
+    assert sorted((letter.value, letter.key) for letter in letters) == sorted((m.value, m.key) for m in bad)
+    first = next(letter for letter in letters if letter.key == b"b1")
+    assert first.headers[0] == ("trace", b"\x00\xff")
+    told = dict(first.headers)
+    assert told["__adaptd.errors.topic"] == topics.data.encode()
+    assert told["__adaptd.errors.reason"] == b"not_finite"
+    assert committed(admin, topics.group) == ends(settings, topics.data, topics.feedback)
+
+
+def test_what_was_answered_and_committed_is_learned_again_in_silence(
+    topic: TopicFactory, sink: SinkFactory, daemons: Any, settings: KafkaSettings, admin: KafkaAdminClient
+) -> None:
+    topics, count = Topics.make(topic, partitions=2), 2000
+    daemon = daemons(topics)
+    events, feedback = sink(topics.data), sink(topics.feedback)
+    life = daemon.start("checkpoint.every=1h")
+    send(events, small_events(0, count))
+    send(feedback, small_feedback(0, count))
+    before = life.until(lambda status: status["labels"] == count)
+    reached = ends(settings, topics.data, topics.feedback)
+    life.until(lambda _: committed(admin, topics.group) == reached)
+    life.kill()
+    life = daemon.start("checkpoint.every=1h")
+    after = life.until(lambda status: status["labels"] == count and not status["replaying"])
+    assert after["replayed"] > count // 8
+    for key in ("events", "model", "counts", "accuracy", "positions", "joins"):
+        assert after[key] == before[key]
+    send(events, small_events(count, 50))
+    life.until(lambda status: status["events"] == count + 50)
+    assert life.terminate() == 0, life.words
+    found, again = answers(settings, topics)
+    assert found.keys() == {f"e{n}" for n in range(count + 50)}
+    assert again == 0
+
+
+def test_killed_again_and_again_the_daemon_answers_everything_and_learns_everything_once(
+    topic: TopicFactory, sink: SinkFactory, daemons: Any, settings: KafkaSettings
+) -> None:
+    rng = random.Random(0)
+    topics, per_life, lives = Topics.make(topic, partitions=2), 400, 6
+    daemon = daemons(topics)
+    events, feedback = sink(topics.data), sink(topics.feedback)
+    total = per_life * lives
+    for first in range(0, total, per_life):
+        life = daemon.start("checkpoint.every=300ms")
+        send(events, small_events(first, per_life))
+        send(feedback, small_feedback(first, per_life))
+        life.until(lambda status: status["events"] > first)
+        time.sleep(rng.uniform(0, 0.6))
+        life.kill()
+    life = daemon.start()
+    status = life.until(lambda status: status["labels"] >= total and status["events"] >= total)
+    assert status["events"] == status["labels"] == status["joins"]["joined"] == total
+    assert life.terminate() == 0, life.words
+    found, again = answers(settings, topics)
+    assert found.keys() == {f"e{n}" for n in range(total)}
+    print(f"{lives} kills, {again} of {total} answers came again, each equal to the first")
+
+
+def test_a_killed_broker_is_waited_for_by_name_and_nothing_is_lost(
+    topic: TopicFactory, sink: SinkFactory, daemons: Any, settings: KafkaSettings, broker: Node, admin: KafkaAdminClient
+) -> None:
+    topics, count = Topics.make(topic, partitions=2), 600
+    life = daemons(topics).start()
+    events, feedback = sink(topics.data), sink(topics.feedback)
+    send(events, small_events(0, count))
+    life.until(lambda status: status["events"] == count)
+    broker.kill()
+    try:
+        life.until(lambda status: broker.bootstrap in status["waiting_for"])
+    finally:
+        broker.start()
+    send(events, small_events(count, count))
+    send(feedback, small_feedback(0, 2 * count))
+    status = life.until(lambda status: status["labels"] >= 2 * count)
+    assert status["events"] == status["labels"] == 2 * count
+    assert broker.bootstrap not in status["waiting_for"]
+    assert life.terminate() == 0, life.words
+    found, again = answers(settings, topics)
+    assert found.keys() == {f"e{n}" for n in range(2 * count)}
+    assert again == 0
+    assert committed(admin, topics.group) == ends(settings, topics.data, topics.feedback)
+
+
+def test_a_broker_that_goes_while_a_backlog_is_answered_costs_no_answer(
+    topic: TopicFactory, sink: SinkFactory, daemons: Any, settings: KafkaSettings, broker: Node
+) -> None:
+    topics, count = Topics.make(topic, partitions=2), 6000
+    send(sink(topics.data), small_events(0, count))
+    life = daemons(topics).start()
+    life.until(lambda status: status["events"] > 200)
+    broker.kill()
+    try:
+        status = life.until(lambda status: topics.predictions in status["waiting_for"])
+        assert status["events"] < count
+    finally:
+        broker.start()
+    status = life.until(lambda status: status["events"] >= count)
+    assert life.terminate() == 0, life.words
+    found, again = answers(settings, topics)
+    assert found.keys() == {f"e{n}" for n in range(count)}
+    assert again == 0
+
+
+def test_a_broker_that_never_answers_ends_the_start_with_a_sentence(topic: TopicFactory, daemons: Any) -> None:
+    daemon = daemons(Topics.make(topic))
+    patch = "import engine.daemon; engine.daemon.START_SECONDS = 1.0"
+    life = daemon.start("streams.kafka.bootstrap_servers=127.0.0.1:1", "streams.kafka.timeout=0.5", before=patch)
+    assert life.wait() == 69
+    assert "adaptd: no broker at 127.0.0.1:1 answers" in life.words
+    assert "Traceback" not in life.words
+
+
+def test_a_broker_that_comes_late_is_waited_for(
+    topic: TopicFactory, sink: SinkFactory, daemons: Any, broker: Node
+) -> None:
+    topics = Topics.make(topic)
+    send(sink(topics.data), small_events(0, 20))
+    broker.kill()
+    try:
+        life = daemons(topics).start("streams.kafka.timeout=0.5")
+        status = life.until(lambda status: "no broker at" in status["waiting_for"])
+        assert status["state"].startswith("starting")
+    finally:
+        broker.start()
+    life.until(lambda status: status["events"] == 20)
+    assert life.terminate() == 0, life.words
+
+
+@pytest.mark.parametrize("missing", ["data", "predictions", "dead_letters"])
+def test_a_missing_topic_is_refused_by_name(topic: TopicFactory, daemons: Any, missing: str) -> None:
+    life = daemons(Topics.make(topic)).start(f"streams.{missing}.kafka=nowhere")
+    assert life.wait() == 78
+    assert "adaptd: topic nowhere does not exist" in life.words
+    assert "Traceback" not in life.words
+
+
+def test_two_daemons_share_the_partitions_and_one_takes_over_from_the_other(
+    topic: TopicFactory, sink: SinkFactory, daemons: Any, settings: KafkaSettings, admin: KafkaAdminClient
+) -> None:
+    topics = Topics.make(topic, partitions=4)
+    events, feedback = sink(topics.data), sink(topics.feedback)
+    first, second = daemons(topics, "first").start(), daemons(topics, "second").start()
+    for life in (first, second):
+        life.until(lambda status: len(status["partitions"]) == 4)
+    send(events, small_events(0, 800))
+    send(feedback, small_feedback(0, 800))
+    for life in (first, second):
+        life.until(lambda status: status["events"] > 0 and not any(status["lag"].values()))
+    assert first.status()["events"] + second.status()["events"] == 800
+    assert first.terminate() == 0, first.words
+    second.until(lambda status: len(status["partitions"]) == 8)
+    send(events, small_events(800, 400))
+    send(feedback, small_feedback(800, 400))
+    second.until(lambda _: committed(admin, topics.group) == ends(settings, topics.data, topics.feedback))
+    assert second.terminate() == 0, second.words
+    found, again = answers(settings, topics)
+    assert found.keys() == {f"e{n}" for n in range(1200)}
+    assert again == 0
+
+
+def test_a_daemon_whose_partitions_went_on_without_it_does_not_answer_them_again(
+    topic: TopicFactory, sink: SinkFactory, daemons: Any, settings: KafkaSettings, admin: KafkaAdminClient
+) -> None:
+    topics = Topics.make(topic, partitions=2)
+    events = sink(topics.data)
+    first, second = daemons(topics, "first"), daemons(topics, "second")
+    life = first.start("checkpoint.every=1h")
+    send(events, small_events(0, 400))
+    life.until(lambda status: status["events"] == 400)
+    reached = ends(settings, topics.data, topics.feedback)
+    life.until(lambda _: committed(admin, topics.group).items() <= reached.items() and sum(committed(admin, topics.group).values()) == 400)
+    life.kill()
+    other = second.start()
+    send(events, small_events(400, 400))
+    other.until(lambda status: status["events"] == 400)
+    assert other.terminate() == 0, other.words
+    life = first.start("checkpoint.every=1h")
+    send(events, small_events(800, 400))
+    life.until(lambda status: status["events"] >= 800 and not any(status["lag"].values()))
+    assert life.terminate() == 0, life.words
+    found, again = answers(settings, topics)
+    assert found.keys() == {f"e{n}" for n in range(1200)}
+    assert again == 0
+
+
+def test_a_slow_model_bounds_what_waits_and_shows_the_lag(
+    topic: TopicFactory, sink: SinkFactory, daemons: Any, settings: KafkaSettings
+) -> None:
+    topics, count = Topics.make(topic), 5000
+    send(sink(topics.data), small_events(0, count))
+    life = daemons(topics, model=SLOW).start()
+    most = 0.0
+    deadline = time.monotonic() + LIMIT
+    life.until(lambda status: f"paused until the backlog is worked off: {topics.data}" == status["waiting_for"])
+    while life.status()["events"] < 200:
+        assert time.monotonic() < deadline
+        most = max(most, life.metric("adaptd_queue_depth"))
+    assert 100 < most <= 16 * 8 + 512 + 32 + 8
+    assert life.metric("adaptd_lag_records") > count - 1500
+    assert life.metric("adaptd_paused") == 1
+    assert life.terminate() == 0, life.words
+    found, again = answers(settings, topics)
+    assert 200 <= len(found) < count
+    assert again == 0

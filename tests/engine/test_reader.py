@@ -1,0 +1,244 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import anyio
+import numpy as np
+import pytest
+from anyio import to_thread
+
+from engine import reader as module
+from engine.cutter import Bad
+from engine.reader import Chunk, Reader
+from streams.base import Assignment, Partition, Positions, Record, StreamError, StreamUnavailableError
+from streams.codec import Event, Feedback, InputSpec, encode_event, encode_feedback
+from streams.journal import Kind
+from streams.memory import MemorySource
+
+SPEC = InputSpec((2,), np.dtype("<f4"))
+KINDS = {"data": Kind.DATA, "feedback": Kind.FEEDBACK}
+
+
+def event(number: int) -> bytes:
+    return encode_event(f"e{number}", np.zeros(2, np.float32), time=float(number))
+
+
+class Harness:
+    """A reader on a source in memory, and what it handed over."""
+
+    def __init__(self, source: MemorySource, *, high: int = 1000, start: Positions | None = None) -> None:
+        self.source = source
+        self.taken = dict.fromkeys(source.streams, 0)
+        self.chunks: list[Chunk] = []
+        self.revocations: list[tuple[list[Partition], bool]] = []
+        self.reader = Reader(
+            source, KINDS, SPEC, start or {}, hand_over=self.hand_over, revoked=self.revoked, high=high
+        )
+
+    def hand_over(self, chunk: Chunk) -> None:
+        self.chunks.append(chunk)
+        if chunk.ended:
+            self.reader.stop()
+
+    async def revoked(self, partitions: Sequence[Partition], lost: bool) -> Positions:
+        self.revocations.append((list(partitions), lost))
+        return {} if lost else dict.fromkeys(partitions, 77)
+
+    async def run(self) -> None:
+        await to_thread.run_sync(self.reader.open)
+        await to_thread.run_sync(self.reader.run, self.taken)
+
+    @property
+    def items(self) -> list[object]:
+        return [one for chunk in self.chunks for one in chunk.items]
+
+
+def filled(count: int, **streams: int) -> MemorySource:
+    source = MemorySource(streams or {"data": 1})
+    for number in range(count):
+        source.append("data", event(number))
+    return source
+
+
+async def test_good_and_bad_records_come_in_the_order_of_the_stream() -> None:
+    source = filled(2)
+    source.append("data", b"{not json")
+    source.append("data", event(3))
+    source.append("data", b'{"id": 7}')
+    harness = Harness(source)
+    with anyio.fail_after(10):
+        await harness.run()
+    assert [type(one) for one in harness.items] == [Event, Event, Bad, Event, Bad]
+    assert [one.record.offset for one in harness.items if isinstance(one, Event | Bad)] == [0, 1, 2, 3, 4]
+    assert (harness.reader.seen, harness.reader.waiting(harness.taken)) == (5, 5)
+
+
+async def test_each_stream_is_decoded_as_what_it_carries() -> None:
+    source = MemorySource({"data": 1, "feedback": 1})
+    source.append("feedback", encode_feedback("e0", label=1, time=1.0))
+    source.append("data", event(0))
+    harness = Harness(source)
+    with anyio.fail_after(10):
+        await harness.run()
+    assert {one.record.stream: type(one) for one in harness.items if isinstance(one, Event | Feedback)} == {
+        "data": Event,
+        "feedback": Feedback,
+    }
+
+
+async def test_the_end_is_told_once_and_after_every_record() -> None:
+    harness = Harness(filled(3))
+    with anyio.fail_after(10):
+        await harness.run()
+    assert [bool(chunk.ended) for chunk in harness.chunks] == [False, True]
+    assert harness.chunks[1].ended == {("data", 0)}
+
+
+async def test_a_source_that_has_ended_is_not_polled_without_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    polls = []
+
+    class Counting(MemorySource):
+        def poll(self, max_records: int, timeout: float) -> Sequence[Record]:
+            polls.append(timeout)
+            return super().poll(max_records, timeout)
+
+    monkeypatch.setattr(module, "POLL_SECONDS", 60.0)
+    source = Counting({"data": 1})
+    source.append("data", event(0))
+    harness = Harness(source)
+    with anyio.fail_after(10):
+        await harness.run()
+    assert len(polls) == 1
+
+
+async def test_reading_begins_at_the_given_positions() -> None:
+    harness = Harness(filled(5), start={("data", 0): 3})
+    with anyio.fail_after(10):
+        await harness.run()
+    assert [one.record.offset for one in harness.items if isinstance(one, Event)] == [3, 4]
+    assert harness.reader.partitions == [("data", 0)]
+
+
+async def test_a_stream_is_paused_while_too_much_of_it_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "POLL_RECORDS", 4)
+    harness = Harness(filled(100), high=8)
+    with anyio.fail_after(10):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(harness.run)
+            most = 0
+            while harness.taken["data"] < 100:
+                while harness.reader.paused != ("data",) and len(harness.items) < 100:
+                    await anyio.sleep(0)
+                waiting = harness.reader.waiting(harness.taken)
+                most = max(most, waiting)
+                harness.taken["data"] = len(harness.items)
+                harness.reader.used()
+                while harness.reader.paused:
+                    await anyio.sleep(0)
+    assert 8 <= most < 8 + 4
+    assert [one.record.offset for one in harness.items if isinstance(one, Event)] == list(range(100))
+
+
+async def test_a_paused_stream_does_not_hold_up_the_other_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "POLL_RECORDS", 8)
+    source = filled(50, data=1, feedback=1)
+    for number in range(50):
+        source.append("feedback", encode_feedback(f"e{number}", label=1, time=1.0))
+    harness = Harness(source, high=4)
+    with anyio.fail_after(10):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(harness.run)
+            while sum(isinstance(one, Feedback) for one in harness.items) < 50:
+                harness.taken["feedback"] = sum(isinstance(one, Feedback) for one in harness.items)
+                harness.reader.used()
+                await anyio.sleep(0)
+            assert sum(isinstance(one, Event) for one in harness.items) < 4 + 8
+            harness.reader.stop()
+
+
+async def test_the_last_commit_wins() -> None:
+    harness = Harness(filled(5))
+    harness.reader.commit({("data", 0): 2})
+    harness.reader.commit({("data", 0): 4})
+    with anyio.fail_after(10):
+        await harness.run()
+    assert harness.source.committed() == {("data", 0): 4}
+    again = Harness(harness.source)
+    await to_thread.run_sync(again.reader.open)
+    assert again.reader.committed == {("data", 0): 4}
+
+
+async def test_a_commit_that_fails_for_now_ends_nothing() -> None:
+    class Deaf(MemorySource):
+        def commit(self, positions: object) -> None:
+            raise StreamUnavailableError("no broker")
+
+    source = Deaf({"data": 1})
+    source.append("data", event(0))
+    harness = Harness(source)
+    harness.reader.commit({("data", 0): 1})
+    with anyio.fail_after(10):
+        await harness.run()
+    assert len(harness.items) == 1
+
+
+class Rebalancing(MemorySource):
+    """Loses its first partition at the second poll."""
+
+    lost = False
+    closed = 0
+
+    def open(self, assignment: Assignment) -> None:
+        self.assignment = assignment
+        self.polls = 0
+        super().open(assignment)
+
+    def poll(self, max_records: int, timeout: float) -> Sequence[Record]:
+        self.polls += 1
+        if self.polls == 2:
+            self.assignment.revoked([("data", 0)], lost=self.lost)
+            self.assignment.assigned([("data", 0)])
+        if self.polls == 3:
+            self.finish()
+        return super().poll(max_records, 0)
+
+    def close(self) -> None:
+        self.closed += 1
+        super().close()
+
+
+@pytest.mark.parametrize("lost", [False, True])
+async def test_partitions_that_go_are_finished_with_and_committed_unless_lost(lost: bool) -> None:
+    source = Rebalancing({"data": 2}, bounded=False)
+    source.lost = lost
+    start = {("data", 0): 0, ("data", 1): 0}
+    harness = Harness(source, start=start)
+    with anyio.fail_after(10):
+        await harness.run()
+    assert harness.revocations == [([("data", 0)], lost)]
+    assert source.committed() == ({} if lost else {("data", 0): 77})
+    assert [chunk.assigned for chunk in harness.chunks if chunk.assigned] == [(("data", 0),)]
+    assert harness.reader.partitions == [("data", 0), ("data", 1)]
+
+
+async def test_when_reading_fails_the_source_is_closed_and_the_error_passed_on() -> None:
+    class Broken(Rebalancing):
+        def poll(self, max_records: int, timeout: float) -> Sequence[Record]:
+            raise StreamError("data-0 is damaged")
+
+    source = Broken({"data": 1})
+    harness = Harness(source)
+    with anyio.fail_after(10), pytest.raises(StreamError, match="is damaged"):
+        await harness.run()
+    assert source.closed == 1
+
+
+async def test_lag_and_time_of_the_last_poll_are_known() -> None:
+    harness = Harness(filled(3))
+    assert harness.reader.last_poll == 0.0
+    with anyio.fail_after(10):
+        await harness.run()
+    assert harness.reader.lag == {("data", 0): 0}
+    assert 0.0 < harness.reader.last_poll < math.inf
+    assert harness.reader.bounded
