@@ -24,6 +24,11 @@ class Bad(NamedTuple):
     record: Record
     error: BadRecord
 
+    @property
+    def time(self) -> float:
+        """Before everything else: it has no event time that could be trusted."""
+        return -math.inf
+
 
 Item = Event | Feedback | Bad
 
@@ -229,6 +234,18 @@ class ArrivalCutter(Cutter):
         return empty and not self._replay and all(p in self._ended for p in self._queues)
 
 
+class _Head(NamedTuple):
+    """What orders the queues of a `TimeCutter`: the oldest first."""
+
+    time: float
+    kind: int
+    stream: str
+    partition: int
+
+
+_LAST = _Head(math.inf, max(Kind) + 1, "", 0)
+
+
 class TimeCutter(Cutter):
     """Merges bounded streams by event time. Before a full batch of data comes the feedback that is older."""
 
@@ -239,31 +256,34 @@ class TimeCutter(Cutter):
 
     def _cut(self, now: float) -> Cut | None:
         while not self._ready:
-            queue = self._earliest()
-            if queue is None:
+            heads = self._heads()
+            if not heads:
                 return None
-            item = queue.popleft()
-            kind = self._kinds[item.record.stream]
-            self._open[kind].append(item)
-            if len(self._open[kind]) >= self._max_size or self._over():
-                self._close()
+            first = min(heads)
+            self._take(first, min((head for head in heads if head is not first), default=_LAST))
         return self._ready.popleft()
 
-    def _earliest(self) -> deque[Item] | None:
-        """The queue whose head is oldest; None while a partition that has not ended has no head."""
-        best: deque[Item] | None = None
-        best_key = (math.inf, 0, "", 0)
+    def _heads(self) -> list[_Head]:
+        """The head of every queue; none at all while a partition that has not ended has no head."""
+        heads: list[_Head] = []
         for partition, queue in self._queues.items():
-            if not queue:
-                if partition not in self._ended:
-                    return None
-                continue
-            head = queue[0]
-            time = -math.inf if isinstance(head, Bad) else head.time
-            key = (time, int(self._kinds[partition[0]]), *partition)
-            if best is None or key < best_key:
-                best, best_key = queue, key
-        return best
+            if queue:
+                heads.append(_Head(queue[0].time, int(self._kinds[partition[0]]), *partition))
+            elif partition not in self._ended:
+                return []
+        return heads
+
+    def _take(self, first: _Head, following: _Head) -> None:
+        """Move what comes before the head of every other queue into the open batch, until that is full."""
+        queue = self._queues[first.stream, first.partition]
+        items = self._open[Kind(first.kind)]
+        room = self._max_size - len(items)
+        limit, wins_ties = following.time, first[1:] < following[1:]
+        while room and queue and ((time := queue[0].time) < limit or (wins_ties and time == limit)):
+            items.append(queue.popleft())
+            room -= 1
+        if not room or (not queue and self._over()):
+            self._close()
 
     def _close(self) -> None:
         """Cut what is open, feedback first."""

@@ -181,6 +181,13 @@ def _load_optimizer(core: Core, state: State) -> None:
             core.learner.optimizer.state[own[name]] = values
 
 
+def seed_generators(seed: int) -> None:
+    """Seed the global generators, so that a model that draws from them does the same in every run."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
 def _random() -> State:
     """State of the global generators, for models that draw from them."""
     numpy_state: Any = np.random.get_state(legacy=True)

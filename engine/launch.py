@@ -18,13 +18,15 @@ from engine.admin import Admin, bind
 from engine.build import build_core, build_sink, build_sources, spec_of
 from engine.checkpoint.disk import LocalDisk
 from engine.checkpoint.store import CheckpointStore
+from engine.collector import rare_collections
 from engine.core import Core
 from engine.cutter import ArrivalCutter, Cutter, TimeCutter
 from engine.daemon import Daemon
 from engine.errors import PolicyFileError, StorageError
 from engine.factory import build_model
 from engine.host import choose_device
-from engine.keeper import Keeper
+from engine.keeper import Keeper, seed_generators
+from engine.methods import derive_seed
 from engine.metrics import Metrics
 from engine.policy import Log, Policy
 from engine.policyfile import LoadedPolicy
@@ -69,6 +71,7 @@ def core_of(loaded: LoadedPolicy, *, background: bool, directory: Path | None) -
     policy = loaded.policy
     try:
         model = build_model(policy.model, loaded.base, policy.seed)
+        seed_generators(derive_seed(policy.seed, "global"))
         return build_core(policy, model, background=background, directory=directory)
     except PolicyFileError as error:
         raise loaded.locate(error) from error
@@ -210,7 +213,8 @@ def run_policy(loaded: LoadedPolicy, *, fresh: bool = False, watch: Callable[[Da
             _set_aside(store)
         daemon = assemble(loaded, Metrics(), store)
         try:
-            anyio.run(_run, daemon, sock, loaded, watch)
+            with rare_collections():
+                anyio.run(_run, daemon, sock, loaded, watch)
         finally:
             daemon.core.joins.close()
             daemon.runner.keeper.journal.close()

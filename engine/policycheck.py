@@ -145,7 +145,7 @@ def _layout(policy: Policy) -> Iterator[Problem]:
 
 
 def _join(policy: Policy) -> Iterator[Problem]:
-    if policy.join.mode == "inline" and policy.join.max_disk_bytes:
+    if policy.join.mode == "inline" and "max_disk_bytes" in policy.join.model_fields_set:
         yield Problem(("join", "max_disk_bytes"), "has no effect with mode inline, which keeps no inputs; remove it")
 
 

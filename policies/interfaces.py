@@ -190,10 +190,9 @@ class Adaptation(Method):
         """
         if len(batch) == 0:
             return torch.zeros(0, self.context.num_classes, device=batch.inputs.device)
-        finite = batch.inputs.flatten(1).isfinite().all(1) if batch.inputs.is_floating_point() else None
-        if finite is None or bool(finite.all()):
+        if not batch.inputs.is_floating_point() or _has_finite_sum(batch.inputs):
             return self._finite(self._adapt(batch))
-        keep = finite.nonzero().flatten()
+        keep = batch.inputs.flatten(1).isfinite().all(1).nonzero().flatten()
         logits = torch.zeros(len(batch), self.context.num_classes, device=batch.inputs.device)
         if len(keep):
             logits[keep] = self._finite(self._adapt(batch.rows(keep.cpu()))).to(logits.dtype)
@@ -203,8 +202,9 @@ class Adaptation(Method):
     def _finite(logits: Tensor) -> Tensor:
         """Zero the rows that the model could not answer with finite numbers."""
         logits = logits.detach()
-        good = logits.isfinite().all(1, keepdim=True)
-        return logits if bool(good.all()) else torch.where(good, logits, torch.zeros_like(logits))
+        if _has_finite_sum(logits):
+            return logits
+        return torch.where(logits.isfinite().all(1, keepdim=True), logits, torch.zeros_like(logits))
 
     def _adapt(self, batch: Batch) -> Tensor:
         """Answer a batch of at least one row, all of them finite."""
@@ -227,6 +227,11 @@ class Adaptation(Method):
 
     def detach(self) -> None:
         """Undo every structural change of the live model; weights stay as they are."""
+
+
+def _has_finite_sum(values: Tensor) -> bool:
+    """Whether the sum is finite; then every value is, and one pass has told (finite values may still overflow)."""
+    return bool(values.sum().isfinite())
 
 
 class Reweighting(Method):

@@ -80,6 +80,16 @@ class Source(Protocol):
         """Whether the source ends by itself (a file read to its end)."""
         ...
 
+    @property
+    def shared(self) -> bool:
+        """Whether partitions are shared with other processes, so that they come and go."""
+        ...
+
+    @property
+    def trouble(self) -> str:
+        """What keeps records from coming at present, in words; empty while nothing is known of any trouble."""
+        ...
+
     def open(self, assignment: Assignment) -> None:
         """Connect and take partitions.
 

@@ -61,6 +61,16 @@ class FileSource:
         return not self._follow or all(path.suffix == ".npz" for path in self._paths.values())
 
     @property
+    def shared(self) -> bool:
+        """Never: whoever reads a file reads all of it."""
+        return False
+
+    @property
+    def trouble(self) -> str:
+        """None: a file that cannot be read is an error."""
+        return ""
+
+    @property
     def torn(self) -> int:
         """Bytes passed over because a crash or a truncation left only part of a record."""
         return sum(reader.torn for reader in self._readers.values())

@@ -105,6 +105,15 @@ def _refusal(error: Exception, cause: Exception | None, config: Mapping[str, Any
     return None
 
 
+def unreachable(client: Any, settings: KafkaSettings) -> str:
+    """Return that no broker can be reached, and why, for a client of `connect`; empty while one is connected."""
+    manager = getattr(getattr(client, "_client", None), "_manager", None)
+    if not isinstance(manager, _Connections) or any(one.connected for one in list(manager._conns.values())):
+        return ""
+    told = f" ({explain(manager.cause)})" if manager.cause else ""
+    return f"no broker at {settings.servers} answers{told}"
+
+
 def partition_counts(settings: KafkaSettings, topics: Sequence[str]) -> dict[str, int]:
     """Ask the cluster how many partitions each topic has.
 

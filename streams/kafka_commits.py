@@ -22,14 +22,25 @@ class Commits:
     whatever has come since, so offsets go forward and an outage leaves no backlog.
     """
 
-    def __init__(self, timeout: float) -> None:
+    def __init__(self, timeout: float, owner: str = "") -> None:
+        """Prepare.
+
+        Args:
+            timeout: Seconds to wait for the cluster.
+            owner: Name that is committed with every offset.
+        """
         self.failures = 0
         """Commits that failed."""
         self.last_error: str | None = None
         """Why the last one that failed did."""
+        self.trouble = ""
+        """What keeps offsets from being committed; empty once one has been again."""
+        self.fenced = False
+        """Whether another process has taken this member's name."""
         self.stored: Positions = {}
         """What the cluster has confirmed, for the partitions now assigned."""
         self._timeout = timeout
+        self._owner = owner
         self._wanted: Positions = {}
         self._owned: set[Partition] = set()
         self._quiet_until = 0.0
@@ -64,7 +75,7 @@ class Commits:
             return
         # The callback comes with a later poll. Should it ever not come, committing goes on after this deadline.
         self._quiet_until = time.monotonic() + 2 * self._timeout
-        consumer.commit_async(_offsets(due), callback=self._done)
+        consumer.commit_async(self._offsets(due), callback=self._done)
 
     def finish(self, consumer: Any, timeout: float) -> None:
         """Commit what is due and wait for it at most ``timeout`` seconds; a failure is counted."""
@@ -72,16 +83,19 @@ class Commits:
         if not due:
             return
         try:
-            consumer.commit(_offsets(due), timeout_ms=round(timeout * 1000))
+            consumer.commit(self._offsets(due), timeout_ms=round(timeout * 1000))
         except errors.KafkaError as error:
             self.failed(error)
         else:
+            self.trouble = ""
             self.stored.update(due)
 
     def failed(self, error: Exception) -> None:
         """Count a failure and wait a moment before the next attempt."""
         self.failures += 1
         self.last_error = explain(error)
+        self.trouble = f"offsets cannot be committed ({self.last_error})"
+        self.fenced = self.fenced or isinstance(error, errors.FencedInstanceIdError)
         self._quiet_until = time.monotonic() + _RETRY
 
     def _due(self) -> Positions:
@@ -93,9 +107,9 @@ class Commits:
         if isinstance(outcome, Exception):
             self.failed(outcome)
             return
+        self.trouble = ""
         done = {tuple(tp): offset.offset for tp, offset in offsets.items()}
         self.stored.update((partition, end) for partition, end in done.items() if partition in self._owned)
 
-
-def _offsets(positions: Positions) -> dict[TopicPartition, Any]:
-    return {TopicPartition(*partition): OffsetAndMetadata(end, "", -1) for partition, end in positions.items()}
+    def _offsets(self, positions: Positions) -> dict[TopicPartition, Any]:
+        return {TopicPartition(*p): OffsetAndMetadata(end, self._owner, -1) for p, end in positions.items()}

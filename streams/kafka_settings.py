@@ -28,6 +28,7 @@ _OURS = {
     "enable_auto_commit": "offsets are committed only when their answers are out",
     "enable_idempotence": "the producer is always idempotent",
     "group_id": "set group beside extra",
+    "group_instance_id": "the name of a member is kept in its state directory",
     "isolation_level": "set isolation_level beside extra",
     "linger_ms": "set linger beside extra",
     "partition_assignment_strategy": "data and feedback meet only under the range assignor",
@@ -166,8 +167,12 @@ class KafkaSettings(BaseModel):
         """The bootstrap servers as one string for messages."""
         return ", ".join(self.bootstrap_servers)
 
-    def consumer_config(self, *, group: str | None) -> dict[str, Any]:
+    def consumer_config(self, *, group: str | None, member: str | None = None) -> dict[str, Any]:
         """Return the settings of a `kafka.KafkaConsumer`; reads the secrets.
+
+        Args:
+            group: Where offsets are committed, if anywhere.
+            member: Name of this reader among the group's members, the same after a restart.
 
         Raises:
             StreamError: A secret cannot be read.
@@ -183,6 +188,7 @@ class KafkaSettings(BaseModel):
             | self._common(KafkaConsumer.DEFAULT_CONFIG)
             | {
                 "group_id": group,
+                "group_instance_id": member,
                 "enable_auto_commit": False,
                 "auto_offset_reset": "none",
                 "isolation_level": self.isolation_level,

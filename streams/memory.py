@@ -44,6 +44,16 @@ class MemorySource:
         """Whether the source ends by itself."""
         return self._bounded
 
+    @property
+    def shared(self) -> bool:
+        """Never: nobody else reads it."""
+        return False
+
+    @property
+    def trouble(self) -> str:
+        """None is possible."""
+        return ""
+
     def append(
         self,
         stream: str,

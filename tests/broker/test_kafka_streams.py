@@ -280,3 +280,66 @@ def test_a_message_too_large_is_refused_with_its_size_and_the_setting(topic: Top
         small.flush(LIMIT)
     with pytest.raises(StreamError, match=r"2000001 bytes .* max_request_size = 1048576"):
         small.send([Message(b"k", b"x" * 2_000_000)])
+
+
+def test_what_was_left_over_at_a_pause_comes_after_it_though_nothing_new_does(
+    topic: TopicFactory, source: Opened, sink: SinkFactory
+) -> None:
+    names = [topic(2), topic(2)]
+    for name in names:
+        write(sink(name), 200)
+    both = source(*names)
+    left = 400 - len(read(both, 90))
+    both.pause(names)
+    both.poll(10, 0.1)
+    both.resume(names[:1])
+    left -= len(both.poll(10, LIMIT))
+    both.pause(names)
+    both.poll(10, 0.1)
+    both.resume(names)
+    assert len(read(both, left)) == left
+
+
+def test_a_member_that_was_killed_gets_its_partitions_back_at_once_and_one_that_leaves_is_not_waited_for(
+    topic: TopicFactory, settings: KafkaSettings, sink: SinkFactory
+) -> None:
+    name, group = topic(2), fresh_group()
+    write(sink(name), 10)
+    slow = settings.model_copy(update={"extra": {"session_timeout_ms": 45000, "heartbeat_interval_ms": 300}})
+
+    def opened(member: str, keeper: Keeper) -> KafkaSource:
+        made = KafkaSource([name], slow, group=group, assignment="group", member=member)
+        made.open(keeper)
+        return made
+
+    dead, again, other = Keeper(), Keeper(), Keeper()
+    killed = opened("a", dead)
+    read(killed, 10)
+    started = time.monotonic()
+    back = opened("a", again)
+    poll_until([back], lambda: len(again.owned) == 2)
+    with pytest.raises(StreamError, match=f"another process reads as member a of group {group}"):
+        for _ in range(100):
+            killed.commit({(name, 0): 1 + killed.commits.failures})
+            killed.poll(1, 0.1)
+    back.close()
+    third = opened("b", other)
+    poll_until([third], lambda: len(other.owned) == 2)
+    assert time.monotonic() - started < LIMIT
+    third.close()
+    killed.close()
+
+
+def test_where_another_member_has_worked_reading_starts_where_it_stopped(
+    topic: TopicFactory, settings: KafkaSettings, sink: SinkFactory
+) -> None:
+    name, group = topic(), fresh_group()
+    write(sink(name), 10)
+    for member, reached, given in (("a", 4, None), ("b", 7, 0), ("b", 8, 2), ("a", 9, 4)):
+        keeper = Keeper({} if given is None else {(name, 0): given})
+        reader = KafkaSource([name], settings, group=group, assignment="group", member=member)
+        reader.open(keeper)
+        first = read(reader, 1)[0].offset
+        reader.commit({(name, 0): reached})
+        reader.close()
+        assert first == {("a", 4): 0, ("b", 7): 4, ("b", 8): 2, ("a", 9): 8}[member, reached]

@@ -101,9 +101,10 @@ class Life:
     def finish(self) -> Life:
         """Go on to the end and do what is left to do."""
         self.run()
-        if self.core.job is not None:
+        while self.core.job is not None:
             self.core.learner.run(self.core.job)
             self.runner.done()
+            self.core.make_job()
         self.runner.finish()
         return self
 

@@ -292,3 +292,9 @@ def test_a_method_that_cannot_be_imported_is_told(tmp_path: Path, monkeypatch: p
             load(write(tmp_path, BASE + "gate:\n  method: broken\n"), environ={})
     finally:
         registry.known.cache_clear()
+
+
+def test_inline_joins_need_nothing_said_about_disk(tmp_path: Path) -> None:
+    file = tmp_path / "policy.yaml"
+    file.write_text("version: 1\nmodel: {factory: ./m.py:f, inputs: {shape: [2]}}\njoin: {mode: inline}\n")
+    assert load(str(file), (), {}).policy.join.mode == "inline"
