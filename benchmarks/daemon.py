@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -72,13 +71,20 @@ class Timing:
         events: Answered.
         wall: Seconds.
         cpu: Seconds of all threads.
-        rss: Most memory, in bytes.
+        rss: Memory at the end, in bytes.
+        drain: Seconds of ``wall`` that went by after the last batch: flushing, the last checkpoint, leaving.
     """
 
     events: int
     wall: float
     cpu: float
     rss: int
+    drain: float = 0.0
+
+    @property
+    def serving(self) -> float:
+        """Seconds from the first batch to the last."""
+        return self.wall - self.drain
 
     def figures(self) -> dict[str, Any]:
         return {
@@ -88,7 +94,8 @@ class Timing:
             "events_per_second": round(self.events / self.wall),
             "events_per_cpu_second": round(self.events / self.cpu),
             "cpu_microseconds_per_event": round(1e6 * self.cpu / self.events, 2),
-            "peak_rss_mib": round(self.rss / 2**20, 1),
+            "events_per_second_without_drain": round(self.events / self.serving),
+            "rss_mib": round(self.rss / 2**20, 1),
         }
 
 
@@ -96,13 +103,13 @@ def run_daemon(policy: Path, core: int) -> Timing:
     """Run ``adaptd run`` on one core until its streams end.
 
     The time runs from the moment when the first checkpoint is on the disk, which is when reading begins, until the
-    daemon says that it has drained: every answer flushed and synced, and a last checkpoint written.
+    daemon says that it has drained: every answer flushed and synced, and a last checkpoint written and read back.
     """
     command = [*pinned(core), sys.executable, "-m", "engine.cli", "run", str(policy)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=one_thread())
     usage = psutil.Process(process.pid)
     first: tuple[float, float] | None = None
-    last: tuple[float, float, int, int] | None = None
+    last: Timing | None = None
     lines = []
     assert process.stderr is not None
     for line in process.stderr:
@@ -112,10 +119,11 @@ def run_daemon(policy: Path, core: int) -> Timing:
         if entry.get("event") == "checkpoint" and first is None:
             first = _moment(entry), spent
         elif entry.get("event") == "drained":
-            last = _moment(entry), spent, entry["events"], usage.memory_info().rss
+            rss = usage.memory_info().rss
+            last = Timing(entry["events"], _moment(entry), spent, rss, entry["seconds"])
     if process.wait() or first is None or last is None:
         raise RuntimeError(f"the daemon ended with {process.returncode}:\n{''.join(lines[-20:])}")
-    return Timing(last[2], last[0] - first[0], last[1] - first[1], last[3])
+    return replace(last, wall=last.wall - first[0], cpu=last.cpu - first[1])
 
 
 def _moment(entry: dict[str, Any]) -> float:
@@ -128,11 +136,3 @@ def run_loop(arguments: Sequence[str], core: int) -> Timing:
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=one_thread())
     figures = json.loads(done.stdout)
     return Timing(figures["events"], figures["wall"], figures["cpu"], figures["rss"])
-
-
-def wait_until_quiet(limit: float, patience: float) -> float:
-    """Wait until the load average is below ``limit``, at most ``patience`` seconds; return it."""
-    deadline = time.monotonic() + patience
-    while (load := psutil.getloadavg()[0]) > limit and time.monotonic() < deadline:
-        time.sleep(1)
-    return load

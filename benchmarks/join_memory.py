@@ -1,23 +1,23 @@
-"""Memory and disk of the join store while events wait at its bounds: prints one JSON object per point.
+"""Memory and disk of the join store alone, while events wait at its bounds.
+
+    python -m benchmarks.join_memory [--events N] [--quick]
 
 Half of the feedback never comes, the other half comes after a random delay, so that both bounds are always reached.
 Flat figures after the first fifth are what counts; ``rss_bytes`` above the first point is to be held against the bound.
-
-Usage: python benchmarks/join_memory.py --events 2000000
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import tempfile
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import psutil
 
+from benchmarks.results import Report, parser
 from streams.join import JoinStore, Waiting
 
 BATCH = 64
@@ -33,15 +33,17 @@ class Feedback(NamedTuple):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--events", type=int, default=200_000)
-    parser.add_argument("--input-bytes", type=int, default=3072)
-    parser.add_argument("--memory-mib", type=int, default=64)
-    parser.add_argument("--disk-mib", type=int, default=256, help="0 keeps everything in memory")
-    parser.add_argument("--window", type=float, default=3600.0, help="seconds of event time")
-    parser.add_argument("--delay", type=int, default=60_000, help="longest delay of feedback, in events")
-    parser.add_argument("--points", type=int, default=20)
-    arguments = parser.parse_args()
+    made = parser(__doc__)
+    made.add_argument("--events", type=int)
+    made.add_argument("--input-bytes", type=int, default=3072)
+    made.add_argument("--memory-mib", type=int, default=64)
+    made.add_argument("--disk-mib", type=int, default=256, help="0 keeps everything in memory")
+    made.add_argument("--window", type=float, default=3600.0, help="seconds of event time")
+    made.add_argument("--delay", type=int, default=60_000, help="longest delay of feedback, in events")
+    made.add_argument("--points", type=int, default=20)
+    arguments = made.parse_args()
+    arguments.events = arguments.events or (50_000 if arguments.quick else 2_000_000)
+    report = Report("join_memory", arguments)
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         store = JoinStore(
@@ -50,15 +52,17 @@ def main() -> None:
             max_disk_bytes=arguments.disk_mib << 20,
             directory=directory,
         )
-        run(store, directory, arguments)
+        points = run(store, directory, arguments)
         store.close()
+    bounds = {"memory_mib": arguments.memory_mib, "disk_mib": arguments.disk_mib, "input_bytes": arguments.input_bytes}
+    report.write(bounds | {"points": points})
 
 
-def run(store: JoinStore, directory: Path, arguments: argparse.Namespace) -> None:
+def run(store: JoinStore, directory: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     chance = random.Random(1)
     body = chance.randbytes(max(arguments.input_bytes - 8, 0))
     due: list[list[int]] = [[] for _ in range(arguments.delay // BATCH + 1)]
-    report(store, directory, 0, 0.0)
+    points = [figures(store, directory, 0, 0.0)]
     spent = 0.0
     point = max(arguments.events // BATCH // arguments.points, 1)
     for batch in range(arguments.events // BATCH):
@@ -78,11 +82,12 @@ def run(store: JoinStore, directory: Path, arguments: argparse.Namespace) -> Non
         store.feedback(feedback, now)
         spent += time.perf_counter() - start
         if (batch + 1) % point == 0:
-            report(store, directory, first + BATCH, spent)
+            points.append(figures(store, directory, first + BATCH, spent))
+    return points
 
 
-def report(store: JoinStore, directory: Path, events: int, spent: float) -> None:
-    figures = {
+def figures(store: JoinStore, directory: Path, events: int, spent: float) -> dict[str, Any]:
+    return {
         "events": events,
         "rss_bytes": psutil.Process().memory_info().rss,
         "memory_bytes": store.bytes,
@@ -93,7 +98,6 @@ def report(store: JoinStore, directory: Path, events: int, spent: float) -> None
         "us_per_event": round(spent / events * 1e6, 2) if events else None,
         "counts": {kind: count for kind, count in store.counts.items() if count},
     }
-    print(json.dumps(figures), flush=True)
 
 
 if __name__ == "__main__":

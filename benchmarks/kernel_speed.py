@@ -1,6 +1,6 @@
 """Speed of every kernel against the plain reference and against what one would write without it.
 
-    python -m benchmarks.kernel_speed [--device cpu|cuda] [--output FILE]
+    python -m benchmarks.kernel_speed [--device cpu|cuda] [--output FILE] [--quick]
 
 All contenders of a case take turns in one run, so that a shared machine slows them alike; a figure is the median of
 the turns. Prints one JSON object: microseconds, and how many times faster than ``reference`` and than ``usual``.
@@ -11,18 +11,15 @@ GPUs alone: in its interpreter its speed means nothing.
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.results import Report, parser
 from kernels import pytorch, reference
 
 TURNS = 15
@@ -58,7 +55,7 @@ def usual_entropy(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return entropy, *probabilities.max(1)
 
 
-def measure(contenders: dict[str, Callable[[], object]], device: str) -> dict[str, float]:
+def measure(contenders: dict[str, Callable[[], object]], device: str, turns: int) -> dict[str, float]:
     """Median seconds a call, the contenders in turn."""
     wait: Callable[[], object] = torch.cuda.synchronize if device == "cuda" else int  # int() costs next to nothing
     repeats: dict[str, int] = {}
@@ -70,7 +67,7 @@ def measure(contenders: dict[str, Callable[[], object]], device: str) -> dict[st
         wait()
         repeats[name] = max(1, int(TURN_SECONDS / (time.perf_counter() - started)))
     times: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(TURNS):
+    for _ in range(turns):
         for name, call in contenders.items():
             started = time.perf_counter()
             for _ in range(repeats[name]):
@@ -99,8 +96,8 @@ def entropy_case(shape: tuple[int, int], dtype: torch.dtype, device: str) -> dic
     return calls | {n: with_gradient(module.softmax_entropy) for n, module in implementations(device).items()}
 
 
-def row(calls: dict[str, Callable[[], object]], device: str) -> dict[str, Any]:
-    seconds = measure(calls, device)
+def row(calls: dict[str, Callable[[], object]], device: str, turns: int) -> dict[str, Any]:
+    seconds = measure(calls, device, turns)
     ours = [name for name in seconds if name not in ("usual", "reference")]
     return {
         "microseconds": {name: round(value * 1e6, 1) for name, value in seconds.items()},
@@ -109,33 +106,31 @@ def row(calls: dict[str, Callable[[], object]], device: str) -> dict[str, Any]:
     }
 
 
-def results(device: str) -> dict[str, Any]:
+def results(device: str, turns: int) -> dict[str, Any]:
     cases: dict[str, Any] = {}
     for dtype in (torch.float32, torch.bfloat16):
         kind = str(dtype).removeprefix("torch.")
-        cases[f"lerp_ {kind} resnet20"] = row(lerp_case(RESNET20, dtype, device), device)
-        cases[f"lerp_ {kind} 25M"] = row(lerp_case(LARGE, dtype, device), device)
+        cases[f"lerp_ {kind} resnet20"] = row(lerp_case(RESNET20, dtype, device), device, turns)
+        cases[f"lerp_ {kind} 25M"] = row(lerp_case(LARGE, dtype, device), device, turns)
         for shape in LOGITS:
-            cases[f"softmax_entropy {kind} {shape[0]}x{shape[1]}"] = row(entropy_case(shape, dtype, device), device)
+            cases[f"softmax_entropy {kind} {shape[0]}x{shape[1]}"] = row(
+                entropy_case(shape, dtype, device), device, turns
+            )
     return cases
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Speed of the kernels.")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", type=Path, help="write the JSON here as well")
-    options = parser.parse_args()
+    made = parser(__doc__)
+    made.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    options = made.parse_args()
+    report = Report("kernel_speed" if options.device == "cpu" else "kernel_speed_gpu", options)
     torch.manual_seed(0)
     found = {
         "device": torch.cuda.get_device_name() if options.device == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "cases": results(options.device),
+        "cases": results(options.device, 1 if options.quick else TURNS),
     }
-    text = json.dumps(found, indent=2) + "\n"
-    sys.stdout.write(text)
-    if options.output is not None:
-        options.output.write_text(text)
+    report.write(found)
 
 
 if __name__ == "__main__":

@@ -2,24 +2,33 @@
 
     python -m benchmarks.model_overhead [--events N] [--repeats N] [--core N] [--quick]
 
-The bare loop is ``model(x)`` in inference mode over the same images in the same batches of 64, already decoded, scaled
-and in memory; the clock sees nothing else. The daemon reads uint8 images from a ``.rec`` file, answers, writes binary
-answers, and keeps journal, waiting inputs, audit, checkpoints and metrics as `benchmarks.engine_overhead` describes.
-Both have one thread for tensor operations and are pinned to the same core, so that reading, writing and checkpoints
-take their time from the model. They take turns; a ratio is that of two neighbours, and the median of the ratios counts.
+The daemon reads uint8 images from a ``.rec`` file, answers in batches of 64, writes binary answers, and keeps journal,
+waiting inputs, checkpoints and metrics. The bare loop is ``model(x)`` in inference mode over the same batches, decoded,
+scaled and in memory. Both have one thread for tensor operations, memory allocated as `engine.allocator` sets it (which
+the daemon does by itself), and one and the same core, so that reading, writing and checkpoints take their time from
+the model. It is measured in two ways, from the first batch to the last:
+
+- ``interleaved``: `benchmarks.interleaved`, the bare model beside the daemon batch for batch, by the processor's time.
+  This decides, because whatever else runs on the machine slows both alike. ``with_labels`` is the same with a feedback
+  stream: a tenth of the events gets a label, a tenth of these is audited by two more forwards each, 2 % on top.
+- ``in_turn``: a process for each, one after another, by the clock; a ratio is that of two neighbours.
+  ``default_allocator`` is the bare loop with memory allocated as the C library does by itself.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from benchmarks.daemon import Stream, Timing, run_daemon, run_loop
-from benchmarks.results import BENCH, Report, parser
+from benchmarks.results import BENCH, Report, one_thread, parser, pinned
 
 TARGET = 0.95
 
@@ -33,7 +42,7 @@ model:
   inputs: {{shape: [3, 32, 32], dtype: uint8, scale: 0.00392156862745098, layout: hwc}}
 streams:
   data: {{file: data.rec}}
-  feedback: {{file: feedback.rec}}
+  {feedback}
   predictions: {{file: {name}.rec, format: binary}}
   dead_letters: {{file: {name}-letters.jsonl}}
 batching: {{max_size: 64}}
@@ -50,33 +59,68 @@ def copy_model(directory: Path) -> None:
     shutil.copy(BENCH / "data" / "resnet20_cifar10.safetensors", directory / "data")
 
 
-def daemon(directory: Path, turn: int, core: int) -> Timing:
-    policy = directory / f"run-{turn}.yaml"
-    policy.write_text(POLICY.format(name=f"run-{turn}"))
-    return run_daemon(policy, core)
+def policy(directory: Path, name: str, *, labels: bool = False) -> Path:
+    """A policy with a state of its own."""
+    feedback = "feedback: {file: feedback.rec}" if labels else ""
+    path = directory / f"{name}.yaml"
+    path.write_text(POLICY.format(name=name, feedback=feedback))
+    return path
 
 
-def bare(directory: Path, core: int) -> Timing:
+def interleaved(path: Path, core: int) -> dict[str, float]:
+    command = [*pinned(core), sys.executable, "-m", "benchmarks.interleaved", str(path)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=one_thread())
+    figures: dict[str, float] = json.loads(done.stdout)
+    return figures
+
+
+def share(figures: dict[str, float]) -> float:
+    return round(figures["bare"] / figures["daemon"], 4)
+
+
+def bare(directory: Path, core: int, *extra: str) -> Timing:
     form = ["--shape", "3", "32", "32", "--dtype", "uint8", "--scale", "0.00392156862745098", "--hwc"]
     model = ["--data", str(directory / "data.rec"), "--factory", f"{directory / 'resnet20.py'}:load"]
-    return run_loop([*model, *form, "--bare"], core)
+    return run_loop([*model, *form, "--bare", *extra], core)
 
 
 def measure(directory: Path, options: argparse.Namespace) -> dict[str, Any]:
     copy_model(directory)
     Stream(events=options.events, shape=(32, 32, 3), dtype="uint8").write(directory)
+    core = options.core
+    beside: list[dict[str, float]] = []
     loops: list[Timing] = []
     daemons: list[Timing] = []
     for turn in range(options.repeats):
-        loops.append(bare(directory, options.core))
-        daemons.append(daemon(directory, turn, options.core))
-    walls = [loop.wall / run.wall for loop, run in zip(loops, daemons, strict=True)]
-    spent = [loop.cpu / run.cpu for loop, run in zip(loops, daemons, strict=True)]
+        beside.append(interleaved(policy(directory, f"beside-{turn}"), core))
+        loops.append(bare(directory, core))
+        daemons.append(run_daemon(policy(directory, f"turn-{turn}"), core))
+    labelled = interleaved(policy(directory, "labels", labels=True), core)
+    default = bare(directory, core, "--default-allocator")
+    decides = statistics.median(map(share, beside))
+    last = beside[-1]
     return {
-        "share_of_bare_loop": round(statistics.median(walls), 4),
-        "reaches_target": statistics.median(walls) >= TARGET,
-        "shares_of_runs": [round(share, 4) for share in walls],
-        "share_by_cpu_time": round(statistics.median(spent), 4),
+        "share_of_bare_model": decides,
+        "reaches_target": decides >= TARGET,
+        "interleaved": {
+            "shares_of_runs": [share(figures) for figures in beside],
+            "events": last["events"],
+            "bare_microseconds_per_event": round(1e6 * last["bare"] / last["events"], 1),
+            "daemon_microseconds_per_event": round(1e6 * last["daemon"] / last["events"], 1),
+            "share_with_labels": share(labelled),
+        },
+        "in_turn": in_turn(loops, daemons) | {"bare_loop_default_allocator": default.figures()},
+    }
+
+
+def in_turn(loops: list[Timing], daemons: list[Timing]) -> dict[str, Any]:
+    """Ratios of neighbours, and the median run of each."""
+    shares = [loop.wall / run.serving for loop, run in zip(loops, daemons, strict=True)]
+    drained = [loop.wall / run.wall for loop, run in zip(loops, daemons, strict=True)]
+    return {
+        "share": round(statistics.median(shares), 4),
+        "shares_of_runs": [round(share, 4) for share in shares],
+        "share_with_start_to_drained": round(statistics.median(drained), 4),
         "bare_loop": sorted(loops, key=lambda run: run.wall)[len(loops) // 2].figures(),
         "daemon": sorted(daemons, key=lambda run: run.wall)[len(daemons) // 2].figures(),
     }
@@ -88,7 +132,7 @@ def main() -> None:
     made.add_argument("--repeats", type=int)
     made.add_argument("--core", type=int, default=0)
     options = made.parse_args()
-    options.events = options.events or (1280 if options.quick else 19_200)
+    options.events = options.events or (1280 if options.quick else 9600)
     options.repeats = options.repeats or (1 if options.quick else 5)
     report = Report("model_overhead", options)
     if not (BENCH / "resnet20.py").exists():

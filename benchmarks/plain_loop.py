@@ -3,7 +3,8 @@
     python -m benchmarks.plain_loop --data DATA.rec --factory FILE.py:FUNCTION --output ANSWERS.rec ...
 
 With ``--bare`` nothing but ``model(x)`` is in the loop: batches of float32 are made before the clock starts. Nothing is
-joined, journaled, checkpointed, audited or measured. Prints one JSON object.
+joined, journaled, checkpointed, audited or measured. Memory is allocated as adaptd has it, unless told otherwise.
+Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from engine.allocator import keep_freed_memory
 from engine.host import Inputs
 from streams.base import Record
 from streams.codec import Event, InputSpec, decode_events, encode_predictions
@@ -114,8 +116,11 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--bare", action="store_true")
+    parser.add_argument("--default-allocator", action="store_true", help="without `engine.allocator`")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if not options.default_allocator:
+        keep_freed_memory()
     inputs = Inputs(tuple(options.shape), np.dtype(options.dtype), options.scale, channels_last=options.hwc)
     model, spec = build(options.factory), InputSpec(inputs.record_shape, inputs.dtype)
     with torch.inference_mode():

@@ -1,19 +1,18 @@
 """Error and speed of RoTTA on a class-correlated stream of corrupted images, beside the plain forward pass.
 
-    python -m benchmarks.rotta STREAM.npz --bench DIRECTORY [--seeds 0 1] [--layout channels_last]
+    python -m benchmarks.rotta [--stream STREAM.npz] [--seeds 0 1] [--layout channels_last] [--quick]
 
-``STREAM.npz`` holds ``x (N, 32, 32, 3)`` uint8 and ``y (N,)``; ``DIRECTORY`` holds ``resnet20.py`` with its weights.
-Both passes see the same batches in the same memory layout, alternating batch by batch, so that a shared machine slows
-both alike. Prints one JSON object: errors in percent, the speed as a share of the plain pass, and the CPU milliseconds
+``STREAM.npz`` holds ``x (N, 32, 32, 3)`` uint8 and ``y (N,)``; by default the stream of `benchmarks.backtest_rotta`.
+The method runs alone here, without the engine, and its time is given by phase. Both passes see the same batches in the
+same memory layout, alternating batch by batch, so that a shared machine slows
+both alike. Figures: errors in percent, the speed as a share of the plain pass, and the CPU milliseconds
 a batch spends in each phase.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import importlib.util
-import json
 import statistics
 import sys
 import time
@@ -27,6 +26,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from benchmarks.backtest_rotta import stream as recorded_stream
+from benchmarks.results import BENCH, Report, parser
+from engine.allocator import keep_freed_memory
 from policies.adaptation import rotta
 from policies.interfaces import Batch, Context
 from policies.stepping import SafeStepper
@@ -147,28 +149,32 @@ def run(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stream", type=Path)
-    parser.add_argument("--bench", type=Path, required=True, help="directory of resnet20.py")
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--limit", type=int, default=None, help="images to use")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run each")
-    parser.add_argument("--layout", choices=sorted(LAYOUTS), default="channels_last")
-    options = parser.parse_args()
+    made = parser(__doc__)
+    made.add_argument("--stream", type=Path)
+    made.add_argument("--batch-size", type=int, default=64)
+    made.add_argument("--limit", type=int, default=None, help="images to use")
+    made.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run each")
+    made.add_argument("--layout", choices=sorted(LAYOUTS), default="contiguous")
+    options = made.parse_args()
+    benchmark = Report("rotta", options)
+    if not (BENCH / "resnet20.py").exists():
+        benchmark.skip(f"{BENCH} with resnet20.py does not exist on this machine")
+        return
     torch.set_num_threads(1)
-    with np.load(options.stream) as archive:
+    keep_freed_memory()
+    with np.load(options.stream or recorded_stream(10 if options.quick else 100)) as archive:
         stream = {name: archive[name][: options.limit] for name in ("x", "y")}
-    source = load_model(options.bench).to(memory_format=LAYOUTS[options.layout])
+    source = load_model(BENCH).to(memory_format=LAYOUTS[options.layout])
     runs = [run(stream, source, LAYOUTS[options.layout], options.batch_size, seed) for seed in options.seeds]
-    report = {
-        "images": len(stream["y"]),
-        "batch_size": options.batch_size,
-        "layout": options.layout,
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "runs": dict(zip(map(str, options.seeds), runs, strict=True)),
-    }
-    print(json.dumps(report, indent=2))
+    benchmark.write(
+        {
+            "images": len(stream["y"]),
+            "batch_size": options.batch_size,
+            "layout": options.layout,
+            "threads": torch.get_num_threads(),
+            "runs": dict(zip(map(str, options.seeds), runs, strict=True)),
+        }
+    )
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from torch import nn
 
 from engine.audit import Audit
 from engine.core import Core, CoreSettings
-from engine.errors import PolicyFileError
+from engine.errors import PolicyFileError, StorageError
 from engine.host import Inputs, ModelHost, choose_device, trainable
 from engine.learner import Learner
 from engine.methods import Choice, Methods
@@ -53,7 +55,7 @@ def build_core(policy: Policy, model: nn.Module, *, background: bool, directory:
         host,
         methods,
         audit,
-        optimizer=_optimizer(policy.learning, learned or list(host.learner.parameters())),
+        optimizer=_optimizer(policy.learning, learned or [nn.Parameter(torch.zeros(0))]),
         names=names,
         enabled=policy.learns,
     )
@@ -133,17 +135,36 @@ def build_sources(policy: Policy, resolve: Callable[[Path], Path], state: Path) 
     topics = {endpoint.kafka: kind for kind, endpoint in wanted if endpoint.kafka is not None}
     if topics:
         assert policy.streams.kafka is not None
-        found.append((_kafka_source(tuple(topics), policy.streams.kafka), topics))
+        found.append((_kafka_source(tuple(topics), policy.streams.kafka, state), topics))
     return found
 
 
-def _kafka_source(topics: tuple[str, ...], settings: KafkaSettings) -> Source:
+def _kafka_source(topics: tuple[str, ...], settings: KafkaSettings, state: Path) -> Source:
     """All topics through one consumer: in its group if one is named, else every partition of them."""
     from streams.kafka import KafkaSource
 
     if settings.group is None:
         return KafkaSource(topics, settings)
-    return KafkaSource(topics, settings, group=settings.group, assignment="group")
+    return KafkaSource(topics, settings, group=settings.group, assignment="group", member=_member_of(state))
+
+
+def _member_of(state: Path) -> str:
+    """The name under which the owner of a state directory joins a consumer group, the same in every life.
+
+    Raises:
+        StorageError: It cannot be kept there.
+    """
+    file = state / "member"
+    try:
+        name = file.read_text(errors="replace") if file.exists() else ""
+        if not re.fullmatch("[0-9a-f]{32}", name):
+            name = uuid.uuid4().hex
+            fresh = file.with_name(".tmp-member")
+            fresh.write_text(name)
+            fresh.replace(file)
+    except OSError as error:
+        raise StorageError(f"{file} cannot be used: {error.strerror}; check the state directory") from error
+    return name
 
 
 def stream_name(kind: Kind, endpoint: Endpoint) -> str:
@@ -164,4 +185,5 @@ def build_sink(
     assert policy.streams is not None
     assert policy.streams.kafka is not None
     assert endpoint.kafka is not None
-    return KafkaSink(endpoint.kafka, policy.streams.kafka)
+    # The writer tries again for as long as it takes; in between it says what it waits for.
+    return KafkaSink(endpoint.kafka, policy.streams.kafka, send_timeout=2.0)

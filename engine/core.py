@@ -292,9 +292,12 @@ class Core:
             self._roll_back()
 
     def _roll_back(self) -> None:
-        """Return the live weights to the release."""
+        """Return the live weights to the release, and whatever adaptation keeps beside them."""
         self._reset()
+        parameters = {name: tensor.detach() for name, tensor in self.host.live.named_parameters()}
+        before = clone(parameters)
         load_weights(self.host.live, self.host.release)
+        self.methods.adaptation.learned(before, parameters)
         self.counts["resets"] -= 1
         self.counts["rollbacks"] += 1
 

@@ -30,6 +30,10 @@ class Bad(NamedTuple):
         return -math.inf
 
 
+class ReplayError(StreamError):
+    """What the journal says was applied is not there."""
+
+
 Item = Event | Feedback | Bad
 
 
@@ -71,11 +75,22 @@ class Cutter:
         self._ended: set[Partition] = set()
         self.taken: dict[str, int] = dict.fromkeys(kinds, 0)
         """Records cut so far, by stream."""
+        self.starved: frozenset[str] = frozenset()
+        """Streams without more of which the journal cannot be repeated further, however much of others waits."""
 
     @property
     def replaying(self) -> int:
         """Journal entries still to repeat."""
         return len(self._replay)
+
+    def awaited(self) -> set[Partition]:
+        """Partitions that the journal entries still to repeat name."""
+        return {(run.stream, run.partition) for entry in self._replay for run in entry.runs}
+
+    def abandon(self) -> None:
+        """Repeat no more of the journal; records that wait are cut as new ones are."""
+        self._replay.clear()
+        self.starved = frozenset()
 
     def assigned(self, partitions: Iterable[Partition]) -> None:
         """Expect records of these partitions."""
@@ -124,27 +139,36 @@ class Cutter:
 
     def _repeat(self) -> Cut | None:
         entry = self._replay[0]
-        needed: dict[Partition, int] = {}
-        for run in entry.runs:
-            needed[run.stream, run.partition] = needed.get((run.stream, run.partition), 0) + run.count
-        for partition, count in needed.items():
-            queue = self._queues.get(partition, ())
-            if len(queue) < count:
-                if partition in self._ended or partition[0] not in self._kinds:
-                    self._changed(partition)
-                return None
+        self.starved = self._missing(entry)
+        if self.starved:
+            return None
         items: list[Item] = []
         for run in entry.runs:
             queue = self._queues[run.stream, run.partition]
             items += [queue.popleft() for _ in range(run.count)]
-            if items[-1].record.end != run.end:
-                self._changed((run.stream, run.partition))
             self.taken[run.stream] += run.count
         self._replay.popleft()
         return Cut(Kind(entry.kind), items, entry.runs, replayed=True)
 
-    def _changed(self, partition: Partition) -> None:
-        raise StreamError(
+    def _missing(self, entry: Entry) -> frozenset[str]:
+        """Streams of which an entry needs more records than wait; what waits is compared with it, nothing taken."""
+        missing = set()
+        needed: dict[Partition, int] = {}
+        for run in entry.runs:
+            partition = run.stream, run.partition
+            needed[partition] = count = needed.get(partition, 0) + run.count
+            queue = self._queues.get(partition, ())
+            if len(queue) >= count:
+                if queue[count - 1].record.end != run.end:
+                    raise self._changed(partition)
+            elif partition in self._ended or run.stream not in self._kinds:
+                raise self._changed(partition)
+            else:
+                missing.add(run.stream)
+        return frozenset(missing)
+
+    def _changed(self, partition: Partition) -> ReplayError:
+        return ReplayError(
             f"{partition[0]}-{partition[1]} does not hold the records that the journal says were applied; the stream"
             " has changed since. Restore it, or start anew with --fresh, which keeps what is there in a folder aside-N"
         )
@@ -167,6 +191,7 @@ class ArrivalCutter(Cutter):
         if self._replay:
             super().feed(items, now)
             return
+        self._leave_replay(now)
         start = 0
         for index in range(1, len(items) + 1):  # one chunk mostly holds one stream
             stream = items[start].record.stream

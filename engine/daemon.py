@@ -18,14 +18,15 @@ from anyio import CapacityLimiter, to_thread
 from anyio.abc import TaskGroup
 
 from engine.core import MAX_DEFERRED
-from engine.cutter import Cut, Cutter
+from engine.cutter import Cut, Cutter, ReplayError
 from engine.errors import RestartError, UnreachableError
+from engine.handover import Handover
 from engine.keeper import Snapshot
 from engine.metrics import Metrics
 from engine.reader import Chunk, Reader
 from engine.runner import Runner
 from engine.writer import Writer
-from streams.base import Partition, Positions, StreamUnavailableError
+from streams.base import Positions, StreamUnavailableError
 
 T = TypeVar("T")
 
@@ -67,6 +68,9 @@ class Daemon:
         self.writer = writer
         self.metrics = metrics
         self.readers = list(readers)
+        self.handover = Handover(self)
+        self.turn = anyio.Lock()
+        """Held for as long as something happens between two batches, or a batch does."""
         self.state = "starting"
         self.started = time.monotonic()
         self.last_progress = time.monotonic()
@@ -76,13 +80,13 @@ class Daemon:
         self._compute = CapacityLimiter(1)
         self._learning = CapacityLimiter(1)
         self._threads = CapacityLimiter(8)
-        self._turn = anyio.Lock()
         self._wake = anyio.Event()
         self._leaving = anyio.Event()
         self._next_checkpoint = 0.0
         self._job: anyio.Event | None = None
         self._saving: anyio.Event | None = None
         self._stopping = False
+        self._drained = False
         self._tasks: TaskGroup | None = None
 
     # -- life ---------------------------------------------------------------------------------------------------
@@ -131,7 +135,7 @@ class Daemon:
     async def _thread(self, function: Callable[..., T], *args: Any) -> T:
         return await to_thread.run_sync(function, *args, limiter=self._threads)
 
-    async def _model(self, function: Callable[..., T], *args: Any) -> T:
+    async def on_model(self, function: Callable[..., T], *args: Any) -> T:
         """Call a function on the thread that owns the model."""
         result = await to_thread.run_sync(function, *args, limiter=self._compute)
         self.last_progress = time.monotonic()
@@ -176,6 +180,8 @@ class Daemon:
         """Take in a chunk from a reader. Called on the event loop."""
         if chunk.assigned:
             self.cutter.assigned(chunk.assigned)
+            self.writer.answered = {**self.writer.answered, **chunk.committed}
+            self.handover.moved = True
         if chunk.items:
             self.cutter.feed(chunk.items, time.monotonic())
         if chunk.ended:
@@ -186,7 +192,7 @@ class Daemon:
         """Take turns until stopped or until every stream has ended."""
         self._launch()
         while not self._stopping:
-            async with self._turn:
+            async with self.turn:
                 worked = await self._take_turn()
             if not worked:
                 if self._job is None and self._exhausted():
@@ -199,6 +205,8 @@ class Daemon:
 
     async def _take_turn(self) -> bool:
         """Do the next thing that is due; False when there is none."""
+        if self.handover.moved:
+            await self.handover.take_stock()
         if self._job is not None and self._job.is_set():
             await self._take_job()
             return True
@@ -208,22 +216,34 @@ class Daemon:
             self.state = "waiting for a background job"
             await self._job.wait()
             return True
-        cuts = self._next_cuts()
+        try:
+            cuts = self._next_cuts()
+        except ReplayError as error:
+            if not any(reader.shared for reader in self.readers):
+                raise
+            await self.handover.abandon_replay(str(error))
+            return True
         if not cuts:
             return False
         self.state = f"replaying, {self.cutter.replaying} batches left" if self.cutter.replaying else "serving"
-        await self._model(self.runner.apply, cuts)
+        await self.on_model(self.runner.apply, cuts)
         self._launch()
         return True
 
     def _next_cuts(self) -> list[Cut]:
         cuts: list[Cut] = []
         while len(cuts) < CUTS_PER_TURN:
-            cut = self.cutter.next(time.monotonic())
+            try:
+                cut = self.cutter.next(time.monotonic())
+            except ReplayError:
+                if not cuts:
+                    raise
+                break
             if cut is None:
                 break
             cuts.append(cut)
         for reader in self.readers:
+            reader.starved = self.cutter.starved
             reader.used()
         return cuts
 
@@ -258,10 +278,10 @@ class Daemon:
     async def _take_job(self) -> None:
         """Take in the finished job, checkpoint if one is due, and start the next."""
         self._job = None
-        await self._model(self.runner.done)
+        await self.on_model(self.runner.done)
         if self._checkpoint_due():
             await self._checkpoint()
-        await self._model(self.core.make_job)
+        await self.on_model(self.core.make_job)
         self._launch()
 
     async def _finish_job(self) -> None:
@@ -269,7 +289,26 @@ class Daemon:
         if self._job is not None:
             await self._job.wait()
             self._job = None
-            await self._model(self.runner.done)
+            await self.on_model(self.runner.done)
+
+    async def settle(self) -> None:
+        """Make a checkpoint, between two background jobs. Called between two batches."""
+        if self._drained:
+            return
+        self._launch()
+        await self._finish_job()
+        await self._checkpoint(wait=True)
+        await self.on_model(self.core.make_job)
+        self._launch()
+
+    async def flush(self) -> None:
+        """Return once every answer so far is out, and at once where draining has seen to that.
+
+        Raises:
+            StreamUnavailableError: The writer ended before.
+        """
+        if not self._drained:
+            await self._thread(self.writer.wait_flushed)
 
     # -- checkpoints --------------------------------------------------------------------------------------------
 
@@ -291,7 +330,7 @@ class Daemon:
         self._next_checkpoint = time.monotonic() + self._checkpoint_every
         if self.runner.keeper.sequence == self.runner.keeper.saved_step:
             return
-        snapshot = await self._model(self.runner.snapshot)
+        snapshot = await self.on_model(self.runner.snapshot)
         self._saving = done = anyio.Event()
         assert self._tasks is not None
         self._tasks.start_soon(self._write, snapshot, done)
@@ -321,29 +360,17 @@ class Daemon:
 
     # -- leaving ------------------------------------------------------------------------------------------------
 
-    async def revoked(self, partitions: Sequence[Partition], lost: bool) -> Positions:
-        """Finish with partitions that go: what is cut of them is applied, answered and in a checkpoint."""
-        async with self._turn:
-            self.cutter.revoked(partitions)
-            await self._finish_job()
-            if not lost:
-                await self._checkpoint(wait=True)
-            await self._model(self.core.make_job)
-            self._launch()
-            gone = {p: self.runner.positions.pop(p) for p in partitions if p in self.runner.positions}
-            self.metrics.revoked(partitions)
-            return gone
-
     async def _drain(self) -> None:
         """Finish the job, flush answers, checkpoint, commit, leave."""
         self._leaving.set()
         self.state = "draining"
         started = time.monotonic()
-        async with self._turn:
+        async with self.turn:
             await self._finish_job()
             if not self._stopping:
-                await self._model(self.runner.finish)
+                await self.on_model(self.runner.finish)
             await self._checkpoint(wait=True)
+            self._drained = True
         await self._thread(self.writer.stop)
         for reader in self.readers:
             reader.stop()

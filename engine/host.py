@@ -8,6 +8,8 @@ references, so that an answer never sees half an update.
 from __future__ import annotations
 
 import copy
+import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -89,8 +91,7 @@ class ModelHost:
 
     def _probe(self) -> int:
         """Answer one row of zeros to learn the number of classes, and to refuse a model that does not fit early."""
-        dtype = torch.int64 if self.inputs.dtype == np.int64 and self.inputs.scale == 1.0 else torch.float32
-        row = torch.zeros(1, *self.inputs.shape, dtype=dtype, device=self.device)
+        row = self.inputs.stack([bytes(math.prod(self.inputs.shape) * self.inputs.dtype.itemsize)], self.device)
         try:
             with torch.inference_mode():
                 logits = self.source(row)
@@ -141,7 +142,6 @@ def choose_device(name: str) -> torch.device:
 
 def trainable(model: nn.Module, include: Sequence[str], exclude: Sequence[str]) -> list[str]:
     """Names of the floating parameters that match any of the patterns ``include`` and none of ``exclude``."""
-    import re
 
     def matches(name: str, patterns: Sequence[str]) -> bool:
         return any(re.search(pattern, name) for pattern in patterns)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import socket
 import sys
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ import structlog
 
 import kernels
 from engine.admin import Admin, bind
+from engine.allocator import keep_freed_memory
 from engine.build import build_core, build_sink, build_sources, spec_of
 from engine.checkpoint.disk import LocalDisk
 from engine.checkpoint.store import CheckpointStore
@@ -41,6 +43,9 @@ log = structlog.get_logger("adaptd")
 HIGH_BATCHES = 16
 """Full batches of one stream that may wait before the stream is paused."""
 
+REPEAT_SECONDS = 60.0
+"""Time after which a library's message is written again."""
+
 
 def configure_logs(settings: Log) -> None:
     """Write logs to standard error: one JSON object a line, or text for people."""
@@ -58,6 +63,7 @@ def configure_logs(settings: Log) -> None:
         cache_logger_on_first_use=False,
     )
     handler = logging.StreamHandler(sys.stderr)
+    handler.addFilter(_Seldom())
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer], foreign_pre_chain=shared
@@ -66,9 +72,29 @@ def configure_logs(settings: Log) -> None:
     logging.basicConfig(handlers=[handler], level=max(level, logging.WARNING), force=True)
 
 
+class _Seldom(logging.Filter):
+    """Lets a library say the same thing once in a while only: during an outage, clients repeat it many times a second.
+
+    The same thing is what comes from the same line of code.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._quiet_until: dict[tuple[str, int], float] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether to write a record."""
+        place = record.pathname, record.lineno
+        if record.created < self._quiet_until.get(place, -math.inf):
+            return False
+        self._quiet_until[place] = record.created + REPEAT_SECONDS
+        return True
+
+
 def core_of(loaded: LoadedPolicy, *, background: bool, directory: Path | None) -> Core:
     """Build the model and the core of a policy. Raises `PolicyFileError` where they do not fit."""
     policy = loaded.policy
+    keep_freed_memory()
     try:
         model = build_model(policy.model, loaded.base, policy.seed)
         seed_generators(derive_seed(policy.seed, "global"))
@@ -145,7 +171,7 @@ def _daemon(
             spec_of(policy),
             start,
             hand_over=daemon.hand_over,
-            revoked=daemon.revoked,
+            revoked=daemon.handover.revoked,
             high=HIGH_BATCHES * policy.batching.max_size,
         )
         readers.append(reader)
@@ -180,12 +206,15 @@ def _cutter(policy: Policy, kinds: dict[str, Kind], entries: list[Entry]) -> Cut
 
 
 def _start(positions: Positions, entries: list[Entry]) -> Positions:
-    """Where to read on: the checkpoint's positions, and the first record that the journal names elsewhere."""
-    start = dict(positions)
+    """Where to read on: at the first record that the journal names; elsewhere at the checkpoint's positions.
+
+    They differ for a partition that others had read between its last record in the checkpoint and the first after it.
+    """
+    start: Positions = {}
     for entry in entries:
         for run in entry.runs:
             start.setdefault((run.stream, run.partition), run.first)
-    return start
+    return positions | start
 
 
 def run_policy(loaded: LoadedPolicy, *, fresh: bool = False, watch: Callable[[Daemon], Any] | None = None) -> Daemon:

@@ -162,8 +162,8 @@ class Join(Section):
     max_bytes: Annotated[Size, Field(gt=0)] = 256_000_000
     """Most memory for waiting inputs."""
     max_disk_bytes: Size = 1_000_000_000
-    """Most disk, below the state directory, for inputs that memory has no room for; 0 drops the oldest instead. They are
-    part of every checkpoint, and cost more time than those in memory."""
+    """Most disk, below the state directory, for inputs that memory has no room for; 0 drops the oldest instead.
+    They are part of every checkpoint, and cost more time than those in memory."""
     mode: Literal["store", "inline"] = "store"
     """``store`` keeps the inputs of events; ``inline`` takes them from the feedback itself and keeps none."""
 

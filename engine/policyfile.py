@@ -56,12 +56,13 @@ class LoadedPolicy:
         return self.base / path
 
     def origin(self, key: str) -> str:
-        """Where a key was given, or else the section around it; for messages."""
-        while key:
-            if key in self.origins:
-                return self.origins[key]
-            key = key.rpartition(".")[0]
-        return self.source
+        """Where a key was given, or else the section around it, or where the file begins; for messages."""
+        above = key
+        while above:
+            if above in self.origins:
+                return self.origins[above]
+            above = above.rpartition(".")[0]
+        return f"{self.source}:1" if key else self.source
 
     def locate(self, error: Exception) -> PolicyFileError:
         """An error of a later check, ``key.path: text`` a line, with file and line before each."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 import anyio
 import anyio.from_thread
+import structlog
 
 from engine.cutter import Bad, Item
 from streams.base import Partition, Positions, Record, Source, StreamUnavailableError
@@ -23,9 +24,12 @@ from streams.journal import Kind
 
 POLL_RECORDS = 512
 POLL_SECONDS = 0.1
-PAUSED_SECONDS = 0.02
-"""Longest wait between two polls while a stream is paused: the others go on, and so does the client's heartbeat."""
-COMMIT_SECONDS = 1.0
+MIXED_SECONDS = 0.005
+"""Longest wait for records of one stream while another is paused and may have room again at any time."""
+LOOK_SECONDS = 0.25
+"""Time between two commits, and between two looks at the lag."""
+
+log = structlog.get_logger("adaptd")
 
 
 @dataclass(slots=True)
@@ -34,6 +38,8 @@ class Chunk:
 
     items: list[Item] = field(default_factory=list)
     assigned: Sequence[Partition] = ()
+    committed: Positions = field(default_factory=dict)
+    """Positions of the new partitions before which everything is answered."""
     ended: frozenset[Partition] = frozenset()
 
 
@@ -75,6 +81,10 @@ class Reader:
         self._stop = threading.Event()
         self._room = threading.Event()
         self._running = False
+        self.starved: frozenset[str] = frozenset()
+        """Streams that are read on however much of them waits, because work stands still without."""
+        self.trouble = ""
+        """What keeps records from coming, in words; empty while nothing does."""
         self.partitions: list[Partition] = []
         self.committed: Positions = {}
         self.lag: dict[Partition, int] = {}
@@ -88,7 +98,9 @@ class Reader:
         """See `streams.base.Assignment.assigned`."""
         self.partitions = sorted({*self.partitions, *partitions})
         if self._running:
-            anyio.from_thread.run_sync(self._hand_over, Chunk(assigned=tuple(partitions)))
+            known = self._source.committed()
+            committed = {p: known[p] for p in partitions if p in known}
+            anyio.from_thread.run_sync(self._hand_over, Chunk(assigned=tuple(partitions), committed=committed))
         return {p: self._start[p] for p in partitions if p in self._start}
 
     def revoked(self, partitions: Sequence[Partition], *, lost: bool) -> None:
@@ -96,6 +108,8 @@ class Reader:
         gone = set(partitions)
         self.partitions = [p for p in self.partitions if p not in gone]
         positions = anyio.from_thread.run(self._call_revoked, list(partitions), lost)
+        if self._commits:
+            self._commits.append({p: at for p, at in self._commits.pop().items() if p not in gone})
         for partition in partitions:
             self._start.pop(partition, None)
             self.lag.pop(partition, None)
@@ -114,8 +128,7 @@ class Reader:
 
     def used(self) -> None:
         """Hear that records were used up, so that a paused stream may go on."""
-        if self._paused:
-            self._room.set()
+        self._room.set()
 
     def stop(self) -> None:
         """Stop reading; `run` returns after a last commit."""
@@ -126,6 +139,16 @@ class Reader:
     def bounded(self) -> bool:
         """Whether the source ends by itself."""
         return self._source.bounded
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """Names of the streams that the source reads."""
+        return self._source.streams
+
+    @property
+    def shared(self) -> bool:
+        """Whether partitions come from other processes and go to them."""
+        return self._source.shared
 
     # -- the thread ---------------------------------------------------------------------------------------------
 
@@ -154,30 +177,42 @@ class Reader:
                 if self._announced and len(self._announced) == len(self.partitions):
                     self._stop.wait(POLL_SECONDS)  # with nothing left, no poll waits
                 if now >= next_look:
-                    next_look = now + COMMIT_SECONDS
+                    next_look = now + LOOK_SECONDS
+                    self._look_for_trouble()
                     self._commit()
                     self.lag = self._source.lag()
             self._commit()
         finally:
             self.close()
 
+    def _look_for_trouble(self) -> None:
+        """Note what is in the way of the source, and tell of it when it begins and ends."""
+        trouble, before = self._source.trouble, self.trouble
+        self.trouble = trouble
+        if trouble and not before:
+            log.warning("stream_unavailable", error=trouble)
+        elif before and not trouble:
+            log.info("stream_available", streams=list(self.streams))
+
     def _poll(self) -> Sequence[Record]:
-        """Ask the source; while a stream is paused, wait for room rather than inside the source."""
+        """Ask the source. Where everything is paused, wait for room instead; a source would sleep through it."""
         if not self._paused:
             return self._source.poll(POLL_RECORDS, POLL_SECONDS)
-        records = self._source.poll(POLL_RECORDS, 0.0)
-        if not records:
-            self._room.wait(PAUSED_SECONDS)
+        if {stream for stream, _ in set(self.partitions) - self._announced} - self._paused:
+            return self._source.poll(POLL_RECORDS, MIXED_SECONDS)
+        records = self._source.poll(POLL_RECORDS, 0.0)  # gives nothing, and keeps the client alive
+        self._room.wait(POLL_SECONDS)
         return records
 
     def _regulate(self, taken: Mapping[str, int]) -> None:
         """Pause the streams of which too much waits and resume those of which little does."""
         for stream in self._source.streams:
             waiting = self._given[stream] - taken[stream]
-            if stream not in self._paused and waiting >= self._high:
+            starved = stream in self.starved
+            if stream not in self._paused and waiting >= self._high and not starved:
                 self._source.pause([stream])
                 self._paused.add(stream)
-            elif stream in self._paused and waiting <= self._high // 2:
+            elif stream in self._paused and (waiting <= self._high // 2 or starved):
                 self._source.resume([stream])
                 self._paused.discard(stream)
 

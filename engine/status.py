@@ -13,6 +13,9 @@ def waiting_for(daemon: Daemon) -> str:
     """What the daemon waits for at this instant, in words; empty while nothing is in its way."""
     if daemon.writer.waiting_for:
         return daemon.writer.waiting_for
+    for reader in daemon.readers:
+        if reader.trouble:
+            return reader.trouble
     paused = [stream for reader in daemon.readers for stream in reader.paused]
     if paused:
         return f"paused until the backlog is worked off: {', '.join(paused)}"

@@ -23,18 +23,23 @@ from streams.codec import Form, dead_letter, encode_predictions
 
 QUEUE_BATCHES = 32
 FLUSH_SECONDS = 0.05
-FLUSH_TIMEOUT_SECONDS = 30.0
+FLUSH_TIMEOUT_SECONDS = 2.0
+"""Time after which a flush is begun anew, and told to be waited for."""
 BACKOFF_SECONDS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 
 
 @dataclass(slots=True)
 class Outgoing:
-    """What one cut gives: answers, dead letters and the positions behind it; or a barrier that flushes."""
+    """What one cut gives: answers, dead letters and the positions behind it; or a barrier that flushes.
+
+    Positions of partitions in ``gone`` are forgotten: whoever reads them now says where they are.
+    """
 
     answers: Answers | None = None
     bad: Sequence[Bad] = ()
     positions: Positions = field(default_factory=dict)
     barrier: threading.Event | None = None
+    gone: Sequence[Partition] = ()
 
 
 class _AbortedError(Exception):
@@ -168,6 +173,8 @@ class Writer:
             self._positions.update(item.positions)
             self._dirty = True
             self._metrics.stage("send", time.perf_counter() - started)
+        for partition in item.gone:
+            self._positions.pop(partition, None)
 
     def _encode(self, answers: Answers) -> list[Message]:
         """Messages for the rows that were not answered before."""
@@ -211,7 +218,8 @@ class Writer:
             if sink is not None:
                 self._retry(sink, lambda sink=sink: sink.flush(FLUSH_TIMEOUT_SECONDS))  # type: ignore[misc]
         self._dirty = False
-        self._flushed(dict(self._positions))
+        answered = self.answered  # what is repeated from the journal must not take committed offsets back
+        self._flushed({p: at for p, at in self._positions.items() if at > answered.get(p, 0)})
 
     def _retry(self, sink: Sink, action: Callable[[], None]) -> None:
         """Do it, with backoff for as long as the other side does not answer.

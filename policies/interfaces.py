@@ -190,7 +190,7 @@ class Adaptation(Method):
         """
         if len(batch) == 0:
             return torch.zeros(0, self.context.num_classes, device=batch.inputs.device)
-        if not batch.inputs.is_floating_point() or _has_finite_sum(batch.inputs):
+        if not batch.inputs.is_floating_point() or bool(batch.inputs.sum().isfinite()):  # one pass tells of all
             return self._finite(self._adapt(batch))
         keep = batch.inputs.flatten(1).isfinite().all(1).nonzero().flatten()
         logits = torch.zeros(len(batch), self.context.num_classes, device=batch.inputs.device)
@@ -202,9 +202,8 @@ class Adaptation(Method):
     def _finite(logits: Tensor) -> Tensor:
         """Zero the rows that the model could not answer with finite numbers."""
         logits = logits.detach()
-        if _has_finite_sum(logits):
-            return logits
-        return torch.where(logits.isfinite().all(1, keepdim=True), logits, torch.zeros_like(logits))
+        good = logits.isfinite().all(1, keepdim=True)
+        return logits if bool(good.all()) else torch.where(good, logits, torch.zeros_like(logits))
 
     def _adapt(self, batch: Batch) -> Tensor:
         """Answer a batch of at least one row, all of them finite."""
@@ -227,11 +226,6 @@ class Adaptation(Method):
 
     def detach(self) -> None:
         """Undo every structural change of the live model; weights stay as they are."""
-
-
-def _has_finite_sum(values: Tensor) -> bool:
-    """Whether the sum is finite; then every value is, and one pass has told (finite values may still overflow)."""
-    return bool(values.sum().isfinite())
 
 
 class Reweighting(Method):
@@ -400,9 +394,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
         raise PolicyError(f"weights do not fit the model: {len(odd)} names differ, the first is {odd[0]!r}")
     with torch.no_grad():
         for name, tensor in own.items():
-            if tensor.shape != weights[name].shape:
-                raise PolicyError(
-                    f"weights do not fit the model: {name} is {tuple(weights[name].shape)}, "
-                    f"expected {tuple(tensor.shape)}"
-                )
-            tensor.copy_(weights[name])
+            new = weights[name]
+            if tensor.shape != new.shape:
+                raise PolicyError(f"{name} is {tuple(new.shape)} where the model has {tuple(tensor.shape)}")
+            tensor.copy_(new)

@@ -361,9 +361,10 @@ def _free_slot(consumer: Any) -> None:
     """Let records that were left over when their partition was paused be found again.
 
     kafka-python 3.0 looks for them only while its slot for the records in turn holds None, but a set of records that
-    is used up stays in there, false yet not None; with nothing else to read the resumed partition stands still for ever.
+    is used up stays in there, false yet not None: with nothing else to read, the resumed partition stands still for
+    ever.
     """
-    fetcher = getattr(consumer, "_fetcher", None)
+    fetcher: Any = getattr(consumer, "_fetcher", None)
     if not getattr(fetcher, "_next_partition_records", True):
         fetcher._next_partition_records = None  # noqa: SLF001
 

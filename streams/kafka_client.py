@@ -26,6 +26,11 @@ class _Connections(KafkaConnectionManager):  # type: ignore[misc]  # kafka-pytho
 
     cause: Exception | None = None
 
+    @property
+    def is_connected(self) -> bool:
+        """Whether any broker is connected at present."""
+        return any(connection.connected for connection in list(self._conns.values()))
+
     def get_connection(self, node_id: object, *args: Any, **options: Any) -> Any:
         """Return the connection to a node; watch those that are new."""
         known = node_id in self._conns
@@ -108,7 +113,7 @@ def _refusal(error: Exception, cause: Exception | None, config: Mapping[str, Any
 def unreachable(client: Any, settings: KafkaSettings) -> str:
     """Return that no broker can be reached, and why, for a client of `connect`; empty while one is connected."""
     manager = getattr(getattr(client, "_client", None), "_manager", None)
-    if not isinstance(manager, _Connections) or any(one.connected for one in list(manager._conns.values())):
+    if not isinstance(manager, _Connections) or manager.is_connected:
         return ""
     told = f" ({explain(manager.cause)})" if manager.cause else ""
     return f"no broker at {settings.servers} answers{told}"

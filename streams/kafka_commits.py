@@ -58,8 +58,10 @@ class Commits:
         self._quiet_until = 0.0
 
     def want(self, positions: Mapping[Partition, int]) -> None:
-        """Have positions committed by the next `send`; those of partitions that are not ours are left out."""
-        self._wanted.update((partition, end) for partition, end in positions.items() if partition in self._owned)
+        """Have positions committed by the next `send`; none of partitions that are not ours, and none backwards."""
+        for partition, end in positions.items():
+            if partition in self._owned and end > self.stored.get(partition, -1):
+                self._wanted[partition] = end
 
     def send(self, consumer: Any) -> None:
         """Start a commit where one is due and none is under way.

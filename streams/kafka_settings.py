@@ -72,7 +72,10 @@ class KafkaSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    bootstrap_servers: Annotated[tuple[str, ...], BeforeValidator(_several), Field(min_length=1)]
+    bootstrap_servers: Annotated[
+        Annotated[tuple[str, ...], Field(min_length=1)],
+        BeforeValidator(_several, json_schema_input_type=str | tuple[str, ...]),
+    ]
     """Brokers to ask first, ``host:port`` each; a list, or one string with commas."""
     group: Annotated[str, Field(min_length=1, max_length=249)] | None = None
     """Consumer group; none means every partition is taken and no offset is committed."""

@@ -222,7 +222,9 @@ class Process:
 class Daemon:
     """A policy folder on its topics, and the processes that it was run by."""
 
-    def __init__(self, directory: Path, topics: Topics, bootstrap: str, policy: str = SMALL, model: str = LAYERS) -> None:
+    def __init__(
+        self, directory: Path, topics: Topics, bootstrap: str, policy: str = SMALL, model: str = LAYERS
+    ) -> None:
         directory.mkdir(exist_ok=True)
         (directory / "policy.yaml").write_text(policy)
         (directory / "model.py").write_text(model)
@@ -267,7 +269,9 @@ def send(sink: KafkaSink, messages: Sequence[Message]) -> None:
 def everything(settings: KafkaSettings, topic: str) -> list[Any]:
     """Every record of a topic, as kafka-python gives it, in order within each partition."""
     consumer = KafkaConsumer(
-        bootstrap_servers=list(settings.bootstrap_servers), isolation_level="read_committed", reconnect_backoff_max_ms=500
+        bootstrap_servers=list(settings.bootstrap_servers),
+        isolation_level="read_committed",
+        reconnect_backoff_max_ms=500,
     )
     try:
         partitions = [TopicPartition(topic, n) for n in sorted(consumer.partitions_for_topic(topic))]

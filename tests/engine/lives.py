@@ -45,7 +45,7 @@ class Life:
     """
 
     def __init__(
-        self, directory: Path, make: Callable[[], Core], *, batches: int = 24, save_every: float = 4, take_in: int = 5
+        self, directory: Path, make: Callable[[], Core], *, batches: int = 16, save_every: float = 4, take_in: int = 5
     ) -> None:
         self.store = CheckpointStore(directory)
         self.store.lock()

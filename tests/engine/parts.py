@@ -84,7 +84,7 @@ def daemon_on(
             for run in entry.runs:
                 start.setdefault((run.stream, run.partition), run.first)
         readers.append(
-            Reader(source, KINDS, SPEC, start, hand_over=daemon.hand_over, revoked=daemon.revoked, high=high)
+            Reader(source, KINDS, SPEC, start, hand_over=daemon.hand_over, revoked=daemon.handover.revoked, high=high)
         )
         daemon.readers = readers
         try:

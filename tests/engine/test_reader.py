@@ -96,20 +96,29 @@ async def test_the_end_is_told_once_and_after_every_record() -> None:
 
 
 async def test_a_source_that_has_ended_is_not_polled_without_pause(monkeypatch: pytest.MonkeyPatch) -> None:
-    polls = []
+    polls, waits = list[float](), list[float]()
 
     class Counting(MemorySource):
         def poll(self, max_records: int, timeout: float) -> Sequence[Record]:
             polls.append(timeout)
+            if len(polls) > 50:
+                raise StreamError("this goes round and round")
             return super().poll(max_records, timeout)
 
-    monkeypatch.setattr(module, "POLL_SECONDS", 60.0)
     source = Counting({"data": 1})
     source.append("data", event(0))
     harness = Harness(source)
+    harness.reader._hand_over = harness.chunks.append
+
+    def wait(seconds: float) -> bool:
+        waits.append(seconds)
+        harness.reader.stop()
+        return True
+
+    monkeypatch.setattr(harness.reader._stop, "wait", wait)
     with anyio.fail_after(10):
         await harness.run()
-    assert len(polls) == 1
+    assert (len(polls), waits) == (1, [module.POLL_SECONDS])
 
 
 async def test_reading_begins_at_the_given_positions() -> None:

@@ -12,7 +12,7 @@ import pytest
 from kafka import KafkaConsumer, TopicPartition, errors
 
 from streams.base import Message, Partition, Positions, StreamError, StreamUnavailableError
-from streams.kafka import KafkaSettings, KafkaSink, KafkaSource, _records
+from streams.kafka import KafkaSettings, KafkaSink, KafkaSource, _free_slot, _records
 from streams.kafka_client import as_stream_error, connect
 from streams.kafka_commits import Commits
 from streams.kafka_rebalance import HandoverError, HandoverListener, check_together
@@ -138,6 +138,11 @@ class FakeConsumer:
         self.callbacks.pop(0)(None, outcome)
 
 
+class FalsyRecords:
+    def __bool__(self) -> bool:
+        return False
+
+
 def owned() -> tuple[Commits, FakeConsumer]:
     commits = Commits(timeout=60.0)
     commits.own({("t", 0), ("t", 1)}, {("t", 0): 3})
@@ -190,6 +195,36 @@ def test_a_failed_commit_is_counted_and_made_up_for() -> None:
     consumer.refuse = False
     commits.finish(consumer, 1.0)
     assert commits.stored == {("t", 0): 8}
+
+
+def test_offsets_are_never_taken_back() -> None:
+    commits, consumer = owned()
+    commits.want({("t", 0): 2, ("t", 1): 5})
+    commits.send(consumer)
+    assert consumer.sent == [{("t", 1): 5}]
+
+
+def test_trouble_with_commits_lasts_until_one_succeeds_and_a_lost_name_for_good() -> None:
+    commits, consumer = owned()
+    commits.want({("t", 0): 8})
+    commits.send(consumer)
+    consumer.answer(errors.FencedInstanceIdError())
+    assert commits.trouble.startswith("offsets cannot be committed (FencedInstanceIdError")
+    assert commits.fenced
+    commits.finish(consumer, 1.0)
+    assert (commits.trouble, commits.fenced) == ("", True)
+
+
+@pytest.mark.parametrize(
+    ("slot", "after"),
+    [(FalsyRecords(), None), (records := [1], records), (None, None)],
+    ids=["used up", "in use", "free"],
+)
+def test_only_a_slot_of_used_up_records_is_freed(slot: object, after: object) -> None:
+    consumer = SimpleNamespace(_fetcher=SimpleNamespace(_next_partition_records=slot))
+    _free_slot(consumer)
+    assert consumer._fetcher._next_partition_records is after
+    _free_slot(SimpleNamespace())  # another version of kafka-python
 
 
 class FakeFuture:

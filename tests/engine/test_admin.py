@@ -1,0 +1,222 @@
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, cast
+
+import anyio
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from engine import __version__
+from engine import admin as module
+from engine.admin import STUCK_SECONDS, Admin, bind
+from engine.daemon import Daemon
+from engine.errors import PolicyFileError
+from engine.policy import Metrics as MetricsSection
+from streams.memory import MemorySource
+from tests.engine.parts import daemon_on, fill, memory, run, until
+
+Get = Callable[..., Awaitable[tuple[int, dict[str, str], bytes]]]
+
+STATUS_KEYS = {
+    "version",
+    "policy",
+    "state",
+    "waiting_for",
+    "uptime_seconds",
+    "events",
+    "labels",
+    "model",
+    "accuracy",
+    "audited",
+    "counts",
+    "joins",
+    "positions",
+    "partitions",
+    "lag",
+    "replaying",
+    "replayed",
+    "checkpoint",
+    "background_job",
+}
+"""What others may rely on; a key may be added, none may go."""
+
+
+async def served(directory: Path, source: MemorySource, test: Callable[[Daemon, Admin, Get], Awaitable[None]]) -> None:
+    """Run a daemon with its pages and ``test`` beside it."""
+    sock = bind("127.0.0.1", 0)
+    port = sock.getsockname()[1]
+
+    async def get(path: str, method: str = "GET") -> tuple[int, dict[str, str], bytes]:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
+        head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+        writer.close()
+        await writer.wait_closed()
+        first, *lines = head.decode().split("\r\n")
+        headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
+        return int(first.split()[1]), headers, body
+
+    with daemon_on(directory, source) as daemon:
+        admin = Admin(daemon, {"path": "policy.yaml", "digest": "0" * 64})
+
+        async def beside(daemon: Daemon) -> None:
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(admin.serve, sock)
+                await until(lambda: daemon.state == "waiting for records")
+                await test(daemon, admin, get)
+                daemon.stop()
+                await until(lambda: daemon.state == "stopped")
+                tasks.cancel_scope.cancel()
+
+        await run(daemon, beside)
+
+
+async def test_every_page_answers(tmp_path: Path) -> None:
+    async def look(daemon: Daemon, admin: Admin, get: Get) -> None:
+        await until(lambda: daemon.core.counts["feedback"] == 20)
+        code, headers, body = await get("/metrics")
+        assert code == 200
+        assert headers["content-type"].startswith("text/plain; version=")
+        values = {
+            (sample.name, *sample.labels.values()): sample.value
+            for family in text_string_to_metric_families(body.decode())
+            for sample in family.samples
+        }
+        assert values["adaptd_events_total",] == 20
+        assert values["adaptd_records_in_total", "feedback"] == 20
+        for page in ("/livez", "/readyz"):
+            code, headers, body = await get(page)
+            assert (code, headers["content-type"]) == (200, "application/json")
+            assert json.loads(body)["ok"] is True
+
+    await served(tmp_path, memory(20, bounded=False), look)
+
+
+async def test_the_status_says_what_the_daemon_is_doing(tmp_path: Path) -> None:
+    async def look(daemon: Daemon, admin: Admin, get: Get) -> None:
+        await until(lambda: daemon.core.counts["feedback"] == 20 and daemon.core.job is None)
+        code, headers, body = await get("/status")
+        found: dict[str, Any] = json.loads(body)
+        assert (code, headers["content-type"]) == (200, "application/json")
+        assert found.keys() == STATUS_KEYS
+        assert found["version"] == __version__
+        assert found["policy"] == {"path": "policy.yaml", "digest": "0" * 64}
+        assert (found["events"], found["labels"]) == (20, 20)
+        assert found["positions"] == {"data-0": 20, "feedback-0": 20}
+        assert found["joins"]["joined"] == 20
+        assert found["checkpoint"]["step"] == 0
+        assert found["checkpoint"]["age_seconds"] >= 0
+        assert found["model"].keys() == {"release", "step", "alpha"}
+        assert found["accuracy"].keys() <= {"source", "live", "release"}
+
+    await served(tmp_path, memory(20, bounded=False), look)
+
+
+async def test_nothing_can_be_done_but_reading(tmp_path: Path) -> None:
+    async def look(daemon: Daemon, admin: Admin, get: Get) -> None:
+        for page in ("/metrics", "/livez", "/readyz", "/status"):
+            for method in ("POST", "PUT", "DELETE", "PATCH"):
+                code, _, _ = await get(page, method)
+                assert code == 405
+        code, _, _ = await get("/")
+        assert code == 404
+        code, _, body = await get("/status", "HEAD")
+        assert (code, body) == (200, b"")
+
+    await served(tmp_path, memory(1, bounded=False), look)
+
+
+class Clock:
+    def __init__(self, now: float) -> None:
+        self.now = now
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+async def test_it_counts_as_alive_while_it_makes_progress_and_not_by_a_timer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with daemon_on(tmp_path, fill(MemorySource({"data": 1, "feedback": 1}), 0, 20)) as daemon:
+        await run(daemon)
+        clock = Clock(1e6)
+        monkeypatch.setattr(module, "time", clock)
+        admin, (reader,) = Admin(daemon, {}), daemon.readers
+        daemon.state = "waiting for records"
+        daemon.last_progress = reader.last_poll = clock.now
+        assert admin.alive() == (True, "waiting for records")
+        clock.now += STUCK_SECONDS + 1
+        reader.last_poll = clock.now
+        assert admin.alive()[0], "nothing waits, so nothing need be done"
+        reader._given["data"] += 7
+        assert admin.alive() == (False, "7 records wait and no batch was applied for 61 s")
+        daemon.last_progress = clock.now - STUCK_SECONDS
+        assert admin.alive()[0]
+        reader._given["data"] -= 7
+        clock.now += STUCK_SECONDS + 1
+        assert admin.alive() == (False, "no poll of the streams for 61 s")
+        daemon.state = "starting: no broker answers; retrying"
+        assert admin.alive()[0]
+
+
+async def test_a_daemon_that_is_stuck_answers_503(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def look(daemon: Daemon, admin: Admin, get: Get) -> None:
+        await until(lambda: daemon.core.counts["feedback"] == 1)
+        daemon.readers[0]._given["data"] += 1
+        daemon.last_progress = -2 * STUCK_SECONDS
+        code, _, body = await get("/livez")
+        assert code == 503
+        assert json.loads(body)["ok"] is False
+        assert "1 records wait" in json.loads(body)["state"]
+        daemon.readers[0]._given["data"] -= 1
+
+    await served(tmp_path, memory(1, bounded=False), look)
+
+
+@pytest.mark.parametrize(
+    ("state", "ready"),
+    [
+        ("starting", False),
+        ("starting: no broker answers; retrying", False),
+        ("replaying, 7 batches left", False),
+        ("serving", True),
+        ("waiting for records", True),
+        ("draining", False),
+        ("stopped", False),
+    ],
+)
+def test_it_is_ready_while_it_answers_events(state: str, ready: bool) -> None:
+    class Dummy:
+        pass
+
+    daemon = Dummy()
+    daemon.state = state  # type: ignore[attr-defined]
+    assert Admin(cast("Daemon", daemon), {}).ready() == (ready, state)
+
+
+def test_a_port_that_is_taken_is_a_mistake_in_the_policy() -> None:
+    with bind("127.0.0.1", 0) as first:
+        port = first.getsockname()[1]
+        with pytest.raises(PolicyFileError, match=f"^metrics.port: cannot listen on 127.0.0.1:{port}: .*another port"):
+            bind("127.0.0.1", port)
+    assert PolicyFileError.exit_code == 78
+
+
+def test_an_address_of_another_machine_is_refused() -> None:
+    with pytest.raises(PolicyFileError, match=r"cannot listen on 192\.0\.2\.1"):
+        bind("192.0.2.1", 0)
+
+
+def test_only_this_machine_sees_the_pages_unless_the_policy_says_otherwise() -> None:
+    assert MetricsSection().host == "127.0.0.1"
+
+
+@pytest.mark.skipif(not socket.has_ipv6, reason="this machine has no IPv6")
+def test_an_address_of_version_6_is_bound() -> None:
+    with bind("::1", 0) as sock:
+        assert sock.family == socket.AF_INET6

@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from engine.demo import main as demo
+from engine.demo import stream as streams
+from engine.demo.main import Outcome
+from engine.demo.model import train
+from engine.demo.report import write_report
+from engine.errors import UsageError
+
+pytest.importorskip("sklearn")
+
+CLEAN = [number for number, name in enumerate(streams.PHASES) if name == "clean"]
+
+
+@pytest.fixture(scope="module")
+def digits() -> streams.Digits:
+    return streams.load_digits()
+
+
+@pytest.fixture(scope="module")
+def stream(digits: streams.Digits) -> streams.Stream:
+    return streams.make_stream(digits, 2000)
+
+
+def test_the_model_never_sees_what_is_streamed(digits: streams.Digits) -> None:
+    assert len(digits.train_x) + len(digits.test_x) == 1797
+    assert digits.train_x.min() >= 0
+    assert digits.train_x.max() == 1
+    train = {row.tobytes() for row in digits.train_x}
+    assert np.mean([row.tobytes() in train for row in digits.test_x]) < 0.01
+
+
+def test_a_stream_follows_from_its_seed(digits: streams.Digits, stream: streams.Stream) -> None:
+    again, other = streams.make_stream(digits, 2000), streams.make_stream(digits, 2000, seed=1)
+    assert np.array_equal(again.x, stream.x)
+    assert np.array_equal(again.label_at, stream.label_at)
+    assert not np.array_equal(other.x, stream.x)
+
+
+def test_phases_follow_one_another_and_corruption_changes_the_pictures(stream: streams.Stream) -> None:
+    assert np.array_equal(np.unique(stream.domain), np.arange(len(streams.PHASES)))
+    assert np.all(np.diff(stream.domain) >= 0)
+    assert set(streams.PHASES) == set(streams.CORRUPTIONS)
+    assert len(streams.PHASES) > len(streams.CORRUPTIONS), "some drifts come back"
+    bright = [float(stream.x[stream.domain == number].mean()) for number in range(len(streams.PHASES))]
+    contrast = streams.PHASES.index("contrast")
+    assert max(bright) == bright[contrast] or bright[contrast] > np.mean([bright[number] for number in CLEAN])
+
+
+def test_classes_come_in_bursts(stream: streams.Stream) -> None:
+    repeats = float((np.diff(stream.y) == 0).mean())
+    assert repeats > 0.5, "by chance it would be a tenth"
+
+
+def test_a_fifth_of_the_labels_comes_and_late(digits: streams.Digits) -> None:
+    stream = streams.make_stream(digits, 2000, feedback_share=0.2, delay=(1.0, 6.0))
+    known = np.isfinite(stream.label_at)
+    assert 0.15 < known.mean() < 0.25
+    delay = (stream.label_at - stream.t)[known]
+    assert delay.min() >= 1
+    assert delay.max() <= 6
+
+
+def test_an_order_in_bursts_is_an_order() -> None:
+    y = np.random.default_rng(0).integers(0, 10, 500)
+    order = streams.correlated_order(y, 0.3, np.random.default_rng(1))
+    assert np.array_equal(np.sort(order), np.arange(500))
+
+
+def outcome(stream: streams.Stream) -> Outcome:
+    """Adapted: always right. Frozen: right on clean data alone."""
+    clean = np.isin(stream.domain, CLEAN)
+    count = len(stream.y)
+    frozen = np.where(clean, stream.y, (stream.y + 1) % 10)
+    steps = np.arange(count) // 50
+    return Outcome(stream, frozen, stream.y.copy(), steps, steps // 20, np.full(count, 0.9), 2.0, 0)
+
+
+def test_the_summary_compares_both_models_by_phase(stream: streams.Stream) -> None:
+    found = outcome(stream).summary()
+    assert found["drifted"] == {"adapted": 1.0, "frozen": 0.0}
+    assert found["clean"] == {"adapted": 1.0, "frozen": 1.0}
+    assert (found["events"], found["events_per_second"]) == (2000, 1000.0)
+    assert [row["phase"] for row in found["phases"]] == list(streams.PHASES)
+    assert sum(row["events"] for row in found["phases"]) == 2000
+    assert found["positive_flip_rate"] > 0.5
+    assert found["negative_flip_rate"] == 0.0
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_the_report_needs_nothing_else(tmp_path: Path, stream: streams.Stream) -> None:
+    write_report(tmp_path / "report.html", outcome(stream))
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<svg") >= 4
+    assert not re.search(r"""(src|href)=["'](https?:)?//""", page)
+    assert "<script" not in page
+    assert "100.0%" in page
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_a_demonstration_goes_from_end_to_end_and_does_nothing_twice(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "train", partial(train, epochs=1))
+    directory = tmp_path / "demo"
+    for _ in range(2):
+        demo.demonstrate(directory, events=1000, seed=0, as_json=True)
+        found = json.loads(capsys.readouterr().out)
+        assert (found["events"], found["answers_beyond_one"]) == (1000, 0)
+        assert len((directory / "predictions.jsonl").read_text().splitlines()) == 1000
+    assert found["updates"] > 0
+    assert Path(found["report"]).read_text().startswith("<!doctype html>")
+    with pytest.raises(UsageError, match="holds a demonstration with other options; choose another --dir"):
+        demo.demonstrate(directory, events=1200, seed=0, as_json=True)
+    answers = (directory / "predictions.jsonl").read_text().splitlines(keepends=True)
+    (directory / "predictions.jsonl").write_text("".join(answers[:-7]))
+    with pytest.raises(UsageError, match="7 of 1000 events have no answer yet"):
+        demo._collect(directory, streams.make_stream(streams.load_digits(), 1000), 1.0)
+
+
+def test_without_its_extra_the_demonstration_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(seed: int = 0) -> streams.Digits:
+        raise ImportError("No module named 'sklearn'")
+
+    monkeypatch.setattr(streams, "load_digits", missing)
+    with pytest.raises(UsageError, match=r"pip install 'adaptd\[demo\]'"):
+        demo._prepare(tmp_path, 1000, 0, Console(quiet=True))
+    assert not [*tmp_path.iterdir()]
+
+
+def test_phases_without_change_have_no_flips(stream: streams.Stream) -> None:
+    same = outcome(stream)
+    found = replace(same, frozen=same.adapted).summary()
+    assert (found["positive_flip_rate"], found["negative_flip_rate"]) == (0.0, 0.0)

@@ -1,0 +1,265 @@
+from __future__ import annotations
+
+import queue
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import anyio
+import pytest
+
+from engine.build import _member_of
+from engine.cutter import ArrivalCutter, ReplayError
+from engine.daemon import Daemon
+from engine.errors import StorageError
+from engine.launch import _start
+from engine.writer import Outgoing
+from streams.base import Assignment, Partition, Positions, Record
+from streams.codec import encode_event
+from streams.journal import Entry, Kind, Run
+from streams.memory import MemorySink, MemorySource
+from tests.engine.cores import rows
+from tests.engine.parts import KINDS, answered, daemon_on, names, run, until
+from tests.engine.test_cutter import DATA, all_of, entries, item, keys
+from tests.engine.test_writer import Harness, answers
+
+ZERO, ONE = ("data", 0), ("data", 1)
+
+
+class Shared(MemorySource):
+    """Gets and loses partitions while it is polled, as the member of a group does."""
+
+    def __init__(self) -> None:
+        super().__init__({"data": 2, "feedback": 2}, bounded=False)
+        self._moves: queue.SimpleQueue[tuple[str, list[Partition]]] = queue.SimpleQueue()
+        self._assignment: Assignment | None = None
+
+    @property
+    def shared(self) -> bool:
+        return True
+
+    def move(self, how: str, *partitions: Partition) -> None:
+        self._moves.put((how, list(partitions)))
+
+    def open(self, assignment: Assignment) -> None:
+        self._assignment = assignment
+
+    def poll(self, max_records: int, timeout: float) -> Sequence[Record]:
+        assert self._assignment is not None
+        while not self._moves.empty():
+            how, partitions = self._moves.get()
+            if how == "give":
+                starts = self._assignment.assigned(partitions)
+                self._positions |= {p: starts.get(p, self._committed.get(p, 0)) for p in partitions}
+            else:
+                self._assignment.revoked(partitions, lost=how == "lose")
+                for partition in partitions:
+                    self._positions.pop(partition)
+        return super().poll(max_records, min(timeout, 0.01))
+
+
+def fill(source: MemorySource, start: int, count: int) -> None:
+    for number, row in enumerate(rows(start, count), start):
+        source.append("data", encode_event(f"e{number}", row, time=float(number)), partition=number % 2)
+
+
+async def events(daemon: Daemon, count: int) -> None:
+    await until(lambda: daemon.core.counts["events"] == count and daemon.state == "waiting for records")
+
+
+def then(*steps: Callable[[Daemon], object]) -> Callable[[Daemon], object]:
+    """Do steps one after another beside a daemon, then stop it."""
+
+    async def beside(daemon: Daemon) -> None:
+        for step in steps:
+            found = step(daemon)
+            if hasattr(found, "__await__"):
+                await found
+        daemon.stop()
+
+    return beside
+
+
+async def crash(daemon: Daemon, *steps: Callable[[Daemon], object]) -> None:
+    """Take steps beside a daemon and cut it off: what is not in a checkpoint by then is in the journal alone."""
+    with anyio.fail_after(20):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(daemon.run)
+            for step in steps:
+                found = step(daemon)
+                if hasattr(found, "__await__"):
+                    await found
+            tasks.cancel_scope.cancel()
+
+
+async def test_what_was_answered_of_a_partition_before_it_came_is_not_answered_again(tmp_path: Path) -> None:
+    source, sink = Shared(), MemorySink()
+    fill(source, 0, 20)
+    source.commit({ZERO: 4})
+    source.move("give", ZERO, ONE)
+    with daemon_on(tmp_path, source, predictions=sink) as daemon:
+        daemon.readers[0]._start[ZERO] = 0
+        await run(daemon, then(lambda daemon: events(daemon, 20)))
+    assert sorted(answered(sink)) == sorted(set(names(0, 20)) - {"e0", "e2", "e4", "e6"})
+    assert source.committed() == {ZERO: 10, ONE: 10}
+
+
+async def test_a_partition_that_goes_leaves_its_position_to_the_next_and_no_trace(tmp_path: Path) -> None:
+    source, sink = Shared(), MemorySink()
+    fill(source, 0, 20)
+    source.move("give", ZERO, ONE)
+
+    async def gone(daemon: Daemon) -> None:
+        source.move("take", ONE)
+        await until(lambda: ONE not in daemon.runner.positions)
+        await until(lambda: daemon.runner.keeper.saved_step == daemon.runner.keeper.sequence)
+        await until(lambda: source.committed() == {ZERO: 10, ONE: 10})
+        source.commit({ONE: 15})  # what another makes of it
+        fill(source, 20, 10)
+        await events(daemon, 25)
+
+    with daemon_on(tmp_path, source, predictions=sink) as daemon:
+        await run(daemon, then(lambda daemon: events(daemon, 20), gone))
+    assert source.committed() == {ZERO: 15, ONE: 15}
+    with daemon_on(tmp_path, source) as daemon:
+        assert daemon.runner.positions == {ZERO: 15}
+
+
+async def test_a_partition_that_comes_back_is_read_on_where_another_left_it(tmp_path: Path) -> None:
+    source, sink = Shared(), MemorySink()
+    fill(source, 0, 20)
+    source.move("give", ZERO, ONE)
+
+    async def there_and_back(daemon: Daemon) -> None:
+        fill(source, 20, 10)
+        source.move("lose", ONE)
+        await until(lambda: ONE not in daemon.runner.positions)
+        source.commit({ONE: 12})
+        source.move("give", ONE)
+        await until(lambda: daemon.runner.positions.get(ONE) == 15)
+        await events(daemon, 28)
+
+    with daemon_on(tmp_path, source, predictions=sink) as daemon:
+        await crash(daemon, lambda daemon: events(daemon, 20), there_and_back)
+    assert sorted(answered(sink)) == sorted(set(names(0, 30)) - {"e21", "e23"})
+    source.move("give", ZERO, ONE)
+    with daemon_on(tmp_path, source) as daemon:
+        await run(daemon, then(lambda daemon: events(daemon, 28)))
+        assert daemon.runner.replayed > 0
+
+
+async def test_a_journal_of_partitions_that_others_read_now_is_repeated_no_further(tmp_path: Path) -> None:
+    source, sink = Shared(), MemorySink()
+    fill(source, 0, 20)
+    source.move("give", ZERO, ONE)
+    with daemon_on(tmp_path, source) as daemon:
+        await crash(daemon, lambda daemon: events(daemon, 20))
+    source.move("give", ZERO)
+    fill(source, 20, 10)
+    with daemon_on(tmp_path, source, predictions=sink) as daemon:
+        assert daemon.cutter.replaying
+        await run(daemon, then(lambda daemon: events(daemon, 15)))
+        assert not daemon.cutter.replaying
+    assert set(answered(sink)) >= {f"e{n}" for n in range(20, 30, 2)}
+    with daemon_on(tmp_path, source) as daemon:
+        assert daemon.runner.positions == {ZERO: 15}
+
+
+async def test_a_replay_whose_partition_goes_on_the_way_ends_there(tmp_path: Path) -> None:
+    source, sink = Shared(), MemorySink()
+    fill(source, 0, 20)
+    source.move("give", ZERO, ONE)
+    with daemon_on(tmp_path, source) as daemon:
+        await crash(daemon, lambda daemon: events(daemon, 20))
+    source.pause(["data"])
+    source.move("give", ZERO, ONE)
+    source.move("take", ONE)
+    with daemon_on(tmp_path, source, predictions=sink) as daemon:
+        await run(daemon, then(lambda daemon: until(lambda: not daemon.cutter.replaying and not source._moves.qsize())))
+    assert answered(sink) == []
+
+
+def test_records_that_come_between_the_end_of_a_replay_and_the_next_cut_keep_their_order() -> None:
+    first = ArrivalCutter(KINDS, 4, max_delay=0.0)
+    first.assigned([ZERO])
+    first.feed([item(ZERO, n, 0.0) for n in range(4)], 0.0)
+    cutter = ArrivalCutter(KINDS, 4, entries(all_of(first)), max_delay=0.0)
+    cutter.assigned([ZERO])
+    cutter.feed([item(ZERO, n, 0.0) for n in range(6)], 0.0)
+    assert cutter.next(0.0) is not None
+    cutter.feed([item(ZERO, n, 0.0) for n in range(6, 9)], 0.0)
+    assert [key for cut in all_of(cutter) for key in keys(cut.items)] == [(DATA, 0, n) for n in range(4, 9)]
+
+
+def test_a_replay_that_does_not_fit_takes_nothing_and_leaves_all_to_be_cut_anew() -> None:
+    entry = Entry(1, Kind.DATA, 0.0, (Run(DATA, 0, 0, 2, 2), Run(DATA, 1, 0, 2, 2)))
+    cutter = ArrivalCutter(KINDS, 4, [entry], max_delay=0.0)
+    cutter.assigned([ZERO, ONE])
+    cutter.feed([item(ZERO, 0, 0.0), item(ZERO, 1, 0.0), item(ONE, 7, 0.0), item(ONE, 8, 0.0)], 0.0)
+    with pytest.raises(ReplayError, match="data-1 does not hold"):
+        cutter.next(0.0)
+    assert cutter.awaited() == {ZERO, ONE}
+    cutter.abandon()
+    assert cutter.awaited() == set()
+    assert [len(cut.items) for cut in all_of(cutter)] == [4]
+
+
+def test_a_replay_says_which_streams_it_cannot_go_on_without() -> None:
+    entry = Entry(1, Kind.DATA, 0.0, (Run(DATA, 0, 0, 2, 2), Run(DATA, 1, 0, 2, 2)))
+    cutter = ArrivalCutter(KINDS, 4, [entry], max_delay=0.0)
+    cutter.assigned([ZERO, ONE])
+    cutter.feed([item(ZERO, n, 0.0) for n in range(50)], 0.0)
+    assert cutter.next(0.0) is None
+    assert cutter.starved == {DATA}
+    cutter.feed([item(ONE, n, 0.0) for n in range(2)], 0.0)
+    assert cutter.next(0.0) is not None
+    assert cutter.starved == frozenset()
+
+
+async def test_a_replay_that_needs_what_lies_behind_a_backlog_gets_it(tmp_path: Path) -> None:
+    source = Shared()
+    fill(source, 0, 20)
+    source.move("give", ZERO, ONE)
+    with daemon_on(tmp_path, source) as daemon:
+        await crash(daemon, lambda daemon: events(daemon, 20))
+    for number, row in enumerate(rows(20, 200), 20):
+        source.append("data", encode_event(f"e{number}", row, time=float(number)))
+    source.move("give", ZERO)
+    with daemon_on(tmp_path, source, high=16) as daemon:
+        daemon.handover.take_stock = nothing  # type: ignore[method-assign]
+
+        async def late(daemon: Daemon) -> None:
+            await until(lambda: len(daemon.cutter._queues[ZERO]) > 16)
+            source.move("give", ONE)
+            await events(daemon, 220)
+
+        await run(daemon, then(lambda _: until(lambda: ZERO in daemon.cutter._queues), late))
+
+
+async def nothing() -> None:
+    """Stands for a group that has not said yet who reads what."""
+
+
+def test_positions_of_partitions_that_are_gone_are_passed_on_no_more() -> None:
+    harness = Harness()
+    harness.writer.put(answers(0, 2))
+    harness.writer.put(Outgoing(positions={("feedback", 0): 5}, gone=[ZERO]))
+    harness.run()
+    assert [found for call, found in harness.log if call == "flushed"] == [{("feedback", 0): 5}]
+
+
+def test_reading_goes_on_at_the_first_record_that_the_journal_names() -> None:
+    entry = Entry(5, Kind.DATA, 0.0, (Run("data", 0, 30, 34, 4), Run("data", 0, 34, 36, 2)))
+    positions: Positions = {ZERO: 20, ONE: 7}
+    assert _start(positions, [entry]) == {ZERO: 30, ONE: 7}
+    assert positions == {ZERO: 20, ONE: 7}
+
+
+def test_a_state_directory_keeps_the_name_of_its_member(tmp_path: Path) -> None:
+    name = _member_of(tmp_path)
+    assert _member_of(tmp_path) == name
+    (tmp_path / "member").write_text("")
+    assert _member_of(tmp_path) not in ("", name)
+    (tmp_path / "member").unlink()
+    (tmp_path / "member").mkdir()
+    with pytest.raises(StorageError, match="member cannot be used"):
+        _member_of(tmp_path)
