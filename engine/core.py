@@ -213,7 +213,7 @@ class Core:
                 continue
             row = row._replace(label=label)
             self.counts["labels"] += 1
-            if row.predicted >= 0 and held_out(row.id, self.settings.audit_share):
+            if held_out(row.id, self.settings.audit_share):
                 self._to_audit.append(row)
             elif self.learner.enabled:
                 self._to_learn.append(row)

@@ -105,6 +105,10 @@ class Learner:
             inputs = self.host.inputs.stack([row.inputs for row in job.audited], self.host.device)
             job.source_classes = self.host.predict(self.host.source, inputs)
             job.release_classes = self.host.predict_with(self.host.release, inputs)
+            if any(row.predicted < 0 for row in job.audited):  # inline feedback: what live weights would answer now
+                live = self.host.predict(self.host.learner, inputs).tolist()
+                rows = zip(job.audited, live, strict=True)
+                job.audited = [row if row.predicted >= 0 else row._replace(predicted=cls) for row, cls in rows]
 
     def _learn(self, job: Job) -> None:
         """One weighted optimizer step with every safeguard in force."""

@@ -256,3 +256,13 @@ def test_inputs_that_are_not_finite_are_counted_and_spoil_nothing() -> None:
     assert np.isfinite(answers.probabilities).all()
     assert answers.probabilities[3] == pytest.approx([1 / 3] * 3)
     assert all(bool(tensor.isfinite().all()) for tensor in core.host.live.state_dict().values())
+
+
+def test_feedback_that_carries_its_inputs_is_audited_by_what_the_live_weights_answer() -> None:
+    core = make_core(audit_share=1.0)
+    inputs = {event.id: event.inputs for event in events(0, 16)}
+    core.feedback([item._replace(inputs=inputs[item.id]) for item in feedback(0, 16)])
+    core.make_job()
+    assert len(core.audit) == 16
+    accuracies = core.audit.accuracies()
+    assert accuracies["live"] == accuracies["source"] == accuracies["release"]
