@@ -14,11 +14,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import structlog
 
 from engine.core import Answers
 from engine.cutter import Bad
 from engine.metrics import Metrics
-from streams.base import Message, Partition, Positions, Sink, StreamUnavailableError
+from streams.base import Message, Partition, Positions, Record, Sink, StreamError, StreamUnavailableError
 from streams.codec import Form, dead_letter, encode_predictions
 
 QUEUE_BATCHES = 32
@@ -26,6 +27,8 @@ FLUSH_SECONDS = 0.05
 FLUSH_TIMEOUT_SECONDS = 2.0
 """Time after which a flush is begun anew, and told to be waited for."""
 BACKOFF_SECONDS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+
+log = structlog.get_logger("adaptd")
 
 
 @dataclass(slots=True)
@@ -205,8 +208,22 @@ class Writer:
             return
         self._metrics.dead_letter(str(bad.error.reason))
         if self._dead_letters is not None:
-            self._send(self._dead_letters, [dead_letter(record, str(bad.error.reason), bad.error.message, "decode")])
+            self._send_letter(
+                self._dead_letters, dead_letter(record, str(bad.error.reason), bad.error.message, "decode"), record
+            )
             self._metrics.records_out(self._dead_letters.name, 1)
+
+    def _send_letter(self, sink: Sink, letter: Message, record: Record) -> None:
+        """Send a dead letter; one that its stream cannot hold goes without its value, and says so in a header.
+
+        The record did fit into its own stream, and the headers of a dead letter may be what is too much.
+        """
+        try:
+            self._send(sink, [letter])
+        except StreamError as error:
+            log.error("dead_letter_without_value", record=record.id, bytes=len(letter.value), error=str(error))
+            omitted = ("__adaptd.errors.omitted", b"%d" % len(letter.value))
+            self._send(sink, [Message(letter.key, b"", (*letter.headers, omitted))])
 
     def _send(self, sink: Sink, messages: Sequence[Message]) -> None:
         self._retry(sink, lambda: sink.send(messages))

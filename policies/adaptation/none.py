@@ -21,7 +21,7 @@ class NoAdaptation(Adaptation):
 
     name = "none"
 
-    @torch.no_grad()
     def _adapt(self, batch: Batch) -> Tensor:
-        logits: Tensor = self.context.model(batch.inputs)
-        return logits
+        with torch.inference_mode():  # a hundredth faster than no_grad on a small network
+            logits: Tensor = self.context.model(batch.inputs)
+        return logits.clone()  # outside of it, so that whoever gets the answer may use it as any other tensor

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from kafka import KafkaAdminClient, KafkaConsumer, TopicPartition
+from kafka import KafkaAdminClient, KafkaConsumer, TopicPartition, errors
 
 from streams.base import Message, Partition
 from streams.codec import encode_event, encode_feedback
@@ -304,7 +304,11 @@ def answers(settings: KafkaSettings, topics: Topics) -> tuple[dict[str, bytes], 
 
 
 def committed(admin: KafkaAdminClient, group: str) -> dict[Partition, int]:
-    offsets: Mapping[Any, Any] = admin.list_group_offsets({group: None})[group]
+    """The offsets of a group; none while its coordinator is not to be had."""
+    try:
+        offsets: Mapping[Any, Any] = admin.list_group_offsets({group: None})[group]
+    except errors.RetriableError:
+        return {}
     return {(tp.topic, tp.partition): at.offset for tp, at in offsets.items()}
 
 
