@@ -21,7 +21,7 @@ from benchmarks.model_overhead import copy_model
 from benchmarks.results import BENCH, Report, one_thread, parser, pinned
 
 TARGET_ERROR = 39.9
-"""Percent, of the public code of the method's authors on this stream; one point to either side will do."""
+"""Percent, of the published code on this stream; one point to either side will do."""
 
 TARGET_SPEED = 0.2
 

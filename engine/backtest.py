@@ -84,8 +84,9 @@ def run(core: Core, data: Recorded, options: Options, progress: Callable[[int], 
         source[rows.start : rows.stop] = _plain(core, events)
         seconds, plain = seconds + done - clock, plain + time.perf_counter() - done
         progress(rows.stop)
+    clock = time.perf_counter()
     core.finish()
-    return Result(predicted, source, seconds, plain)
+    return Result(predicted, source, seconds + time.perf_counter() - clock, plain)
 
 
 def _event(data: Recorded, row: int) -> Event:

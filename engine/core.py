@@ -271,7 +271,7 @@ class Core:
             job.outcome = Outcome(False, "reset")
         self._count(StepKind.LEARNING, job.outcome)
         self.learner.take(job)
-        if job.decision is not None:
+        if job.decision is not None and not self._reset_due:  # nothing is released from weights just condemned
             self._decided(job)
         self._settle()
 

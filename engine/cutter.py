@@ -290,13 +290,9 @@ class TimeCutter(Cutter):
 
     def _heads(self) -> list[_Head]:
         """The head of every queue; none at all while a partition that has not ended has no head."""
-        heads: list[_Head] = []
-        for partition, queue in self._queues.items():
-            if queue:
-                heads.append(_Head(queue[0].time, int(self._kinds[partition[0]]), *partition))
-            elif partition not in self._ended:
-                return []
-        return heads
+        heads = [_Head(q[0].time, int(self._kinds[p[0]]), *p) for p, q in self._queues.items() if q]
+        self.starved = frozenset([p[0] for p, q in self._queues.items() if not q and p not in self._ended])
+        return [] if self.starved else heads
 
     def _take(self, first: _Head, following: _Head) -> None:
         """Move what comes before the head of every other queue into the open batch, until that is full."""

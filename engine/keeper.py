@@ -88,6 +88,13 @@ class Keeper:
     @staticmethod
     def _fits(loaded: Loaded, core: Core) -> None:
         """Refuse weights that do not fit the model or are not finite."""
+        form = _form(core)
+        for key, value in loaded.meta.get("form", form).items():
+            if value != form[key]:
+                raise StorageError(
+                    f"{key}: the state was made with {value}, the policy says {form[key]}; change it back, or start"
+                    " anew with --fresh, which keeps what is there in a folder aside-N"
+                )
         weights = loaded.state("model")
         own = core.host.live.state_dict()
         if weights.keys() != own.keys():
@@ -106,7 +113,11 @@ class Keeper:
         core.host.release = _to(loaded.state("release"), device)
         _load_optimizer(core, _to(loaded.state("optimizer"), device))
         policy = loaded.state("policy")
-        core.methods.load_state_dict(_to(policy["methods"], device))
+        unused = core.methods.load_state_dict(_to(policy["methods"], device))
+        if unused:
+            log.warning("method_state_not_used", methods=unused, reason="the policy has changed")
+        if loaded.manifest.config_digest != self._digest:
+            log.warning("policy_changed", step=loaded.step)
         core.audit.load_state_dict(policy["audit"])
         core.load_state_dict(policy["core"])
         _set_random(policy["random"])
@@ -130,6 +141,7 @@ class Keeper:
         meta: dict[str, Any] = {
             "positions": [[*partition, offset] for partition, offset in sorted(positions.items())],
             "states": trees,
+            "form": _form(core),
             "release": core.release,
             "model_step": core.step,
             "alpha": core.alpha,
@@ -152,12 +164,22 @@ class Keeper:
         return saved
 
 
+def _form(core: Core) -> dict[str, Any]:
+    """What rows that wait in a state must agree with, by the key of the policy."""
+    inputs = core.host.inputs
+    return {
+        "model.inputs.shape": list(inputs.shape),
+        "model.inputs.dtype": inputs.dtype.name,
+        "model.inputs.layout": "hwc" if inputs.channels_last else "chw",
+    }
+
+
 def _positions(rows: list[list[Any]]) -> Positions:
     return {(stream, partition): offset for stream, partition, offset in rows}
 
 
 def _to(value: Any, device: torch.device) -> Any:
-    """The same nesting with every tensor on ``device``, except those that live on the CPU by nature."""
+    """The same nesting with floating tensors on ``device``; float64 and integers stay on the CPU, as do times."""
     if device.type == "cpu":
         return value
     if isinstance(value, Tensor):
@@ -170,13 +192,20 @@ def _to(value: Any, device: torch.device) -> Any:
 def _optimizer(core: Core) -> State:
     """The optimizer's state by parameter name."""
     names: dict[Any, str] = {parameter: name for name, parameter in core.host.learner.named_parameters()}
-    return {names[parameter]: dict(state) for parameter, state in core.learner.optimizer.state.items()}
+    kept = core.learner.optimizer.state.items()
+    return {"kind": type(core.learner.optimizer).__name__, "state": {names[p]: dict(state) for p, state in kept}}
 
 
 def _load_optimizer(core: Core, state: State) -> None:
     own = dict(core.host.learner.named_parameters())
-    core.learner.optimizer.state.clear()
-    for name, values in state.items():
+    optimizer = core.learner.optimizer
+    optimizer.state.clear()
+    if state["kind"] != type(optimizer).__name__:
+        log.warning("optimizer_state_not_used", was=state["kind"], now=type(optimizer).__name__)
+        return
+    for name, values in state["state"].items():
+        if "step" in values and isinstance(values["step"], Tensor):
+            values["step"] = values["step"].cpu()  # where PyTorch keeps it
         if name in own:
             core.learner.optimizer.state[own[name]] = values
 

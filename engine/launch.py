@@ -98,6 +98,7 @@ def core_of(loaded: LoadedPolicy, *, background: bool, directory: Path | None) -
     try:
         model = build_model(policy.model, loaded.base, policy.seed)
         seed_generators(derive_seed(policy.seed, "global"))
+        kernels.self_check(choose_device(policy.model.device))
         return build_core(policy, model, background=background, directory=directory)
     except PolicyFileError as error:
         raise loaded.locate(error) from error
@@ -117,7 +118,6 @@ def assemble(loaded: LoadedPolicy, metrics: Metrics, store: CheckpointStore) -> 
     """
     policy = loaded.policy
     store.sweep()
-    kernels.self_check(choose_device(policy.model.device))
     background = policy.learning.mode == "background" and not policy.by_time
     core = core_of(loaded, background=background, directory=store.directory / "spill")
     keeper = Keeper(store, Journal(store.directory), loaded.digest)

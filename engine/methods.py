@@ -90,10 +90,8 @@ class Methods:
 
     def __iter__(self) -> Iterator[tuple[str, Method]]:
         yield "adaptation", self.adaptation
-        for index, reweighting in enumerate(self.reweightings):
-            yield f"reweighting{index}", reweighting
-        for index, safeguard in enumerate(self.safeguards):
-            yield f"safeguard{index}", safeguard
+        for method in (*self.reweightings, *self.safeguards):
+            yield f"{method.kind}.{method.name}", method
         if self.interpolation is not None:
             yield "interpolation", self.interpolation
         if self.gate is not None:
@@ -104,7 +102,7 @@ class Methods:
         return {(method.name, name): value for _, method in self for name, value in method.gauges.items()}
 
     def state_dict(self) -> State:
-        """The state of every method by its place in the policy, with its name."""
+        """The state of every method by its place (a policy names a method once at most), with its name."""
         return {place: {"name": method.name, "state": method.state_dict()} for place, method in self}
 
     def load_state_dict(self, state: State) -> list[str]:

@@ -78,6 +78,7 @@ class Reader:
         self._paused: set[str] = set()
         self._announced: frozenset[Partition] = frozenset()
         self._commits: deque[Positions] = deque(maxlen=1)
+        self._committing = threading.Lock()
         self._stop = threading.Event()
         self._room = threading.Event()
         self._running = False
@@ -108,8 +109,9 @@ class Reader:
         gone = set(partitions)
         self.partitions = [p for p in self.partitions if p not in gone]
         positions = anyio.from_thread.run(self._call_revoked, list(partitions), lost)
-        if self._commits:
-            self._commits.append({p: at for p, at in self._commits.pop().items() if p not in gone})
+        with self._committing:
+            if self._commits:
+                self._commits.append({p: at for p, at in self._commits.pop().items() if p not in gone})
         for partition in partitions:
             self._start.pop(partition, None)
             self.lag.pop(partition, None)
@@ -124,7 +126,8 @@ class Reader:
 
     def commit(self, positions: Positions) -> None:
         """Have positions committed soon; a newer request replaces an older one."""
-        self._commits.append(positions)
+        with self._committing:
+            self._commits.append(positions)
 
     def used(self) -> None:
         """Hear that records were used up, so that a paused stream may go on."""

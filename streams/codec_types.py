@@ -21,6 +21,9 @@ VERSION: Final = 1
 MAX_BYTES: Final = 16 * 1024 * 1024
 """Records above this size are refused before they are looked at."""
 
+LATEST_TIME: Final = 4_102_444_800.0
+"""Start of the year 2100: a time beyond it is in milliseconds, and would expire everything that waits."""
+
 MAX_ID_CHARS: Final = 128
 """Longest id and longest group, in characters."""
 
@@ -183,7 +186,9 @@ def check_time(value: float | None, record: Record) -> float:
     """
     time = record.timestamp if value is None else value
     if math.isfinite(time):
-        return time
+        if abs(time) < LATEST_TIME:
+            return time
+        raise BadRecord(Reason.TIME, f"time {time:.0f} lies beyond the year 2100; it must be in seconds")
     if value is None:
         raise BadRecord(Reason.TIME, "time is missing and the stream has no timestamps; add the field to the record")
     raise BadRecord(Reason.TIME, "time must be a finite number of seconds")

@@ -1,4 +1,4 @@
-"""Files stay below 400 lines and functions below 40 (kernels: 500 and 100), docstrings of functions not counted."""
+"""Files have 400 lines at most and functions 40 (kernels: 500 and 100), docstrings of functions not counted."""
 
 import ast
 from pathlib import Path
