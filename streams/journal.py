@@ -36,7 +36,7 @@ from streams.journal_format import (
 __all__ = ["Entry", "Journal", "JournalError", "Kind", "Run", "runs_of"]
 
 _NAME = re.compile(r"journal-(\d{12,})\.log")
-_ADVICE = "bring the file back, or move it and all later segments away to go on without what they hold"
+_ADVICE = "bring the file back, or start anew with --fresh, which sets aside what is there"
 _FLAGS = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
 
 
