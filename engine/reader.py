@@ -18,7 +18,7 @@ import anyio.from_thread
 import structlog
 
 from engine.cutter import Bad, Item
-from streams.base import Partition, Positions, Record, Source, StreamUnavailableError
+from streams.base import Found, Partition, Positions, Record, Source, StreamUnavailableError
 from streams.codec import InputSpec, decode_events, decode_feedback
 from streams.journal import Kind
 
@@ -95,14 +95,13 @@ class Reader:
 
     # -- the source's questions, on the reader's thread ---------------------------------------------------------
 
-    def assigned(self, partitions: Sequence[Partition]) -> Positions:
+    def assigned(self, found: Mapping[Partition, Found]) -> Positions:
         """See `streams.base.Assignment.assigned`."""
-        self.partitions = sorted({*self.partitions, *partitions})
+        self.partitions = sorted({*self.partitions, *found})
         if self._running:
-            known = self._source.committed()
-            committed = {p: known[p] for p in partitions if p in known}
-            anyio.from_thread.run_sync(self._hand_over, Chunk(assigned=tuple(partitions), committed=committed))
-        return {p: self._start[p] for p in partitions if p in self._start}
+            committed = {p: at.committed for p, at in found.items() if at.committed is not None}
+            anyio.from_thread.run_sync(self._hand_over, Chunk(assigned=tuple(found), committed=committed))
+        return {p: self._start[p] for p, at in found.items() if p in self._start and not at.theirs}
 
     def revoked(self, partitions: Sequence[Partition], *, lost: bool) -> None:
         """See `streams.base.Assignment.revoked`."""

@@ -51,11 +51,24 @@ class Message(NamedTuple):
     headers: Headers = ()
 
 
+class Found(NamedTuple):
+    """What a source knows of a partition that it was given."""
+
+    earliest: int = 0
+    """The first offset that is still there."""
+    committed: int | None = None
+    """Everything before this offset is answered; None where nobody has committed yet."""
+    theirs: bool = False
+    """Whether another member of the group committed that, so that it outranks what we remember."""
+    floor: int | None = None
+    """From where its records make up everything that waited for feedback when that was committed; None: not said."""
+
+
 class Assignment(Protocol):
     """What a source asks and tells while partitions come and go. Called on the thread that polls."""
 
-    def assigned(self, partitions: Sequence[Partition]) -> Positions:
-        """Return where to start; an absent partition starts where `Source.committed` says, else at its beginning."""
+    def assigned(self, found: Mapping[Partition, Found]) -> Positions:
+        """Return where to start; an absent partition starts where it was committed, else at its beginning."""
         ...
 
     def revoked(self, partitions: Sequence[Partition], *, lost: bool) -> None:
@@ -115,12 +128,23 @@ class Source(Protocol):
         """Give records of these streams again."""
         ...
 
-    def commit(self, positions: Mapping[Partition, int]) -> None:
-        """Remember that everything before these positions is answered. Advisory: a checkpoint outranks it."""
+    def commit(self, positions: Mapping[Partition, int], floors: Mapping[Partition, int] | None = None) -> None:
+        """Remember that everything before these positions is answered. Advisory: a checkpoint outranks it.
+
+        ``floors`` are kept beside them for whoever is given a partition next; see `Found.floor`.
+        """
         ...
 
     def committed(self) -> Positions:
         """The positions last committed, as far as known, for the partitions now assigned."""
+        ...
+
+    def position(self, partition: Partition) -> int | None:
+        """Where `poll` reads on, past whatever gives no record; None for a partition that is not ours."""
+        ...
+
+    def identities(self) -> dict[str, str]:
+        """What tells each stream from another of the same name (a topic that was made anew), where that is known."""
         ...
 
     def lag(self) -> dict[Partition, int]:
@@ -163,4 +187,43 @@ class Sink(Protocol):
 
     def close(self) -> None:
         """Flush what is left, as far as possible, and leave. Safe to call twice."""
+        ...
+
+
+class Transactions(Protocol):
+    """Makes what the sinks of one client send visible together with positions, or not at all.
+
+    Used by the thread of the sinks. Between `begin` and `commit` whatever those sinks send is hidden from readers that
+    ask for committed records only.
+    """
+
+    def open(self) -> Positions:
+        """End what an earlier life left open, shut that life out, and return the positions that are committed.
+
+        Raises:
+            StreamUnavailableError: The other side does not answer; may be called again.
+            StreamError: We may not do this here.
+        """
+        ...
+
+    def begin(self) -> None:
+        """Start a transaction. Raises as `commit` does."""
+        ...
+
+    def commit(
+        self, positions: Mapping[Partition, int], floors: Mapping[Partition, int] | None, timeout: float
+    ) -> None:
+        """Make everything sent since `begin` visible, and the positions committed, in one step.
+
+        Raises:
+            StreamUnavailableError: It is not known to have happened. Call `recover` next, nothing else.
+            StreamError: Another process has taken our place, or it can never happen.
+        """
+        ...
+
+    def recover(self) -> Positions:
+        """After a failure of anything in a transaction: start over and return the positions that are committed.
+
+        What was sent behind them is gone and is to be sent again. Raises as `open` does.
+        """
         ...

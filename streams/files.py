@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-from streams.base import Assignment, Partition, Positions, Record, StreamError
+from streams.base import Assignment, Found, Partition, Positions, Record, StreamError
 from streams.file_reader import FileReader, Reader
 from streams.file_sink import FileSink, open_envelope
 from streams.file_state import FileState, PartitionState
@@ -84,11 +84,11 @@ class FileSource:
         self.close()
         self._state.load()
         self._readers = {partition: reader for stream in self._paths for partition, reader in self._find(stream)}
-        starts = assignment.assigned(list(self._readers))
+        kept = {partition: self._state.partitions[partition].committed for partition in self._readers}
+        starts = assignment.assigned({partition: Found(0, committed) for partition, committed in kept.items()})
         try:
             for partition, reader in self._readers.items():
-                committed = self._state.partitions[partition].committed
-                reader.open(starts.get(partition, committed or 0))
+                reader.open(starts.get(partition, kept[partition] or 0))
         except StreamError:
             self.close()
             raise
@@ -123,7 +123,7 @@ class FileSource:
         """Give records of these streams again."""
         self._paused.difference_update(streams)
 
-    def commit(self, positions: Mapping[Partition, int]) -> None:
+    def commit(self, positions: Mapping[Partition, int], floors: Mapping[Partition, int] | None = None) -> None:
         """Remember that everything before these positions is answered; durable when it returns.
 
         Raises:
@@ -140,6 +140,15 @@ class FileSource:
         """The positions last committed."""
         known = {partition: self._state.partitions[partition].committed for partition in self._readers}
         return {partition: position for partition, position in known.items() if position is not None}
+
+    def position(self, partition: Partition) -> int | None:
+        """Where `poll` reads on."""
+        reader = self._readers.get(partition)
+        return None if reader is None else reader.position
+
+    def identities(self) -> dict[str, str]:
+        """None here: each partition remembers the file that it was read from, and refuses another."""
+        return {}
 
     def lag(self) -> dict[Partition, int]:
         """Bytes (rows, for ``.npz``) between the position of `poll` and the end of each partition."""

@@ -32,6 +32,7 @@ from streams.journal_format import (
     runs_of,
     unpack_entry,
 )
+from streams.seams import failpoint
 
 __all__ = ["Entry", "Journal", "JournalError", "Kind", "Run", "runs_of"]
 
@@ -123,6 +124,7 @@ class Journal:
         if self._next is not None and entry.sequence != self._next:
             raise JournalError(f"entry {entry.sequence} cannot follow {self._next - 1} in {self._path(self._step)}")
         self._write(pack_entry(entry))
+        failpoint("journal.append")
         self._next = entry.sequence + 1
         if self._sync_each:
             self.sync()

@@ -6,16 +6,16 @@ position before the first poll that could read it, and an implicit "earliest" or
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from kafka import KafkaConsumer, TopicPartition, errors
 
-from streams.base import Assignment, Partition, Positions, Record, StreamError, StreamUnavailableError
-from streams.kafka_client import as_stream_error, connect, explain, partition_counts, unreachable
+from streams.base import Assignment, Found, Partition, Positions, Record, StreamError, StreamUnavailableError
+from streams.kafka_client import as_stream_error, connect, describe, explain, unreachable
 from streams.kafka_commits import Commits
+from streams.kafka_fetch import free_slot, gone, records
 from streams.kafka_rebalance import HandoverError, HandoverListener, check_together
 from streams.kafka_settings import KafkaSettings
 from streams.kafka_sink import KafkaClient, KafkaSink
@@ -48,7 +48,7 @@ class KafkaSource:
 
     With ``member`` a process that was killed gets its partitions back as soon as it is there again, instead of after
     the group has missed it (45 s), and its commits can be told from those of others: where another member has worked on
-    a partition since, reading starts where that one stopped, whatever `Assignment.assigned` says.
+    a partition since, `Assignment.assigned` is told.
 
     `poll` calls `Assignment`, in group mode and where a topic grows. Leaving by `close` is no revocation: whoever
     closes has finished already. Outages are the client's business: `poll` returns nothing until they end, and
@@ -98,6 +98,7 @@ class KafkaSource:
         self._unplaced: list[TopicPartition] = []
         self._paused: set[str] = set()
         self._next_look = 0.0
+        self._identities: dict[str, str] = {}
 
     @property
     def streams(self) -> tuple[str, ...]:
@@ -132,7 +133,9 @@ class KafkaSource:
         """
         if self._consumer is not None:
             return
-        counts = partition_counts(self.settings, self._topics)
+        described = describe(self.settings, self._topics)
+        counts = {topic: found.partitions for topic, found in described.items()}
+        self._identities = {topic: found.identity for topic, found in described.items() if found.identity}
         if self._shared and len(set(counts.values())) > 1:
             told = ", ".join(f"{topic} has {count}" for topic, count in counts.items())
             raise StreamError(
@@ -179,12 +182,12 @@ class KafkaSource:
             elif not self._shared:
                 self._look_for_growth()
             self.commits.send(consumer)  # before the poll: should it fail, no record is in our hands to be lost
-            _free_slot(consumer)
+            free_slot(consumer)
             fetched = consumer.poll(timeout_ms=round(timeout * 1000), max_records=max_records)
         except errors.KafkaError as error:
             self._recover(error, timeout)
             return ()
-        return _records(fetched)
+        return records(fetched)
 
     def ended(self) -> frozenset[Partition]:
         """No topic ever ends."""
@@ -200,7 +203,7 @@ class KafkaSource:
         self._paused.difference_update(streams)
         self._apply_pause()
 
-    def commit(self, positions: Mapping[Partition, int]) -> None:
+    def commit(self, positions: Mapping[Partition, int], floors: Mapping[Partition, int] | None = None) -> None:
         """Commit in the background; positions of partitions that are not ours any more are left out.
 
         One commit is under way at a time; what comes meanwhile goes out together with the next `poll` after it.
@@ -217,6 +220,20 @@ class KafkaSource:
     def committed(self) -> Positions:
         """The positions last committed for the partitions now assigned, as the cluster has confirmed them."""
         return dict(self.commits.stored)
+
+    def position(self, partition: Partition) -> int | None:
+        """Where `poll` reads on, past markers and records of aborted transactions."""
+        if self._consumer is None or partition not in self._owned:
+            return None
+        try:
+            at: int | None = self._consumer.position(TopicPartition(*partition), timeout_ms=0)
+        except errors.KafkaError:
+            return None
+        return at
+
+    def identities(self) -> dict[str, str]:
+        """The ids that the cluster gave the topics when they were made; known once open."""
+        return dict(self._identities)
 
     def lag(self) -> dict[Partition, int]:
         """Records between the position of `poll` and the end of each partition as of its last fetch."""
@@ -299,26 +316,24 @@ class KafkaSource:
         """Give each new partition its start position; asks the cluster first, so that trying again is harmless."""
         consumer, partitions, milliseconds = self._consumer, self._unplaced, round(timeout * 1000)
         earliest = consumer.beginning_offsets(partitions, timeout_ms=milliseconds)
-        stored: Positions = {}
-        theirs: set[Partition] = set()
+        found = {tuple(tp): Found(earliest[tp]) for tp in partitions}
         if self._group is not None:
             for tp in partitions:
-                found = consumer.committed(tp, metadata=True, timeout_ms=milliseconds)
-                if found is not None:
-                    stored[tuple(tp)] = found.offset
-                    if found.metadata and found.metadata != self._member:
-                        theirs.add(tuple(tp))
+                stored = consumer.committed(tp, metadata=True, timeout_ms=milliseconds)
+                if stored is not None:
+                    theirs = bool(stored.metadata) and stored.metadata != self._member
+                    found[tuple(tp)] = Found(earliest[tp], stored.offset, theirs)
         self._unplaced = []
         self._owned.update(tuple(tp) for tp in partitions)
-        self.commits.own(self._owned, stored)
+        self.commits.own(self._owned, {p: at.committed for p, at in found.items() if at.committed is not None})
         self._listener.holding = bool(self._owned)
         assert self._assignment is not None
-        given = self._assignment.assigned([tuple(tp) for tp in partitions])
+        given = self._assignment.assigned(found)
         for tp in partitions:
-            known = stored.get(tp, earliest[tp])
-            start = known if tp in theirs else given.get(tp, known)
+            known = found[tuple(tp)].committed
+            start = given.get(tuple(tp), earliest[tp] if known is None else known)
             if start < earliest[tp]:
-                raise StreamError(_gone(tp, start, earliest[tp]))
+                raise StreamError(gone(tp, start, earliest[tp]))
             consumer.seek(tp, start)
         self._apply_pause()
 
@@ -350,45 +365,8 @@ class KafkaSource:
         except errors.KafkaError:
             return StreamUnavailableError(f"offset {offset} of {tp.topic}-{tp.partition} is out of range")
         if offset < earliest:
-            return StreamError(_gone(tp, offset, earliest))
+            return StreamError(gone(tp, offset, earliest))
         return StreamError(
             f"offset {offset} of {tp.topic}-{tp.partition} lies past its end {end}: the topic was made anew or this is"
             " another cluster. Use the cluster that the position is of, or begin with a fresh state directory and group"
         )
-
-
-def _free_slot(consumer: Any) -> None:
-    """Let records that were left over when their partition was paused be found again.
-
-    kafka-python 3.0 looks for them only while its slot for the records in turn holds None, but a set of records that
-    is used up stays in there, false yet not None: with nothing else to read, the resumed partition stands still for
-    ever.
-    """
-    fetcher: Any = getattr(consumer, "_fetcher", None)
-    if not getattr(fetcher, "_next_partition_records", True):
-        fetcher._next_partition_records = None  # noqa: SLF001
-
-
-def _gone(tp: TopicPartition, offset: int, earliest: int) -> str:
-    return (
-        f"offset {offset} of {tp.topic}-{tp.partition} is gone, the earliest is {earliest}: restore a checkpoint whose"
-        f" positions are still kept, or begin at {earliest} with a fresh state directory and group and do without the"
-        f" {earliest - offset} records between, or keep records longer (retention.ms, retention.bytes of the topic)"
-    )
-
-
-def _records(fetched: Mapping[TopicPartition, Sequence[Any]]) -> list[Record]:
-    return [
-        Record(
-            tp.topic,
-            tp.partition,
-            r.offset,
-            r.offset + 1,
-            r.timestamp / 1000 if r.timestamp >= 0 else math.nan,
-            r.key,
-            r.value if r.value is not None else b"",
-            tuple((name, content or b"") for name, content in r.headers) if r.headers else (),
-        )
-        for tp, records in fetched.items()
-        for r in records
-    ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from kafka import KafkaAdminClient, errors
 from kafka.net.compat import KafkaNetClient
@@ -119,8 +119,16 @@ def unreachable(client: Any, settings: KafkaSettings) -> str:
     return f"no broker at {settings.servers} answers{told}"
 
 
-def partition_counts(settings: KafkaSettings, topics: Sequence[str]) -> dict[str, int]:
-    """Ask the cluster how many partitions each topic has.
+class Topic(NamedTuple):
+    """What the cluster says of a topic."""
+
+    partitions: int
+    identity: str
+    """What tells it from another of the same name; empty where the cluster is too old to say."""
+
+
+def describe(settings: KafkaSettings, topics: Sequence[str]) -> dict[str, Topic]:
+    """Ask the cluster about topics.
 
     Raises:
         StreamUnavailableError: No broker answered.
@@ -134,7 +142,7 @@ def partition_counts(settings: KafkaSettings, topics: Sequence[str]) -> dict[str
         raise as_stream_error(error, f"asking {settings.servers} for topics") from error
     finally:
         admin.close()
-    counts: dict[str, int] = {}
+    found: dict[str, Topic] = {}
     for topic in described:
         name, code = topic["name"], topic["error_code"]
         if code == _UNKNOWN_TOPIC:
@@ -143,8 +151,8 @@ def partition_counts(settings: KafkaSettings, topics: Sequence[str]) -> dict[str
             raise StreamError(f"topic {name}: the cluster does not let {_user(settings)} see it; check its ACLs")
         if code:
             raise as_stream_error(errors.for_code(code)(), f"topic {name}")
-        counts[name] = len(topic["partitions"])
-    return counts
+        found[name] = Topic(len(topic["partitions"]), str(topic.get("topic_id") or ""))
+    return found
 
 
 def _user(settings: KafkaSettings) -> str:

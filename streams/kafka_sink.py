@@ -14,7 +14,7 @@ from kafka.partitioner import StickyPartitioner
 from kafka.partitioner.default import murmur2
 
 from streams.base import Message, StreamError, StreamUnavailableError
-from streams.kafka_client import as_stream_error, connect, explain, partition_counts
+from streams.kafka_client import as_stream_error, connect, describe, explain
 from streams.kafka_settings import KafkaSettings
 
 _RECORD_OVERHEAD = 128
@@ -144,7 +144,7 @@ class KafkaSink:
         """
         if self._producer is not None:
             return
-        partition_counts(self.settings, [self.topic])
+        describe(self.settings, [self.topic])
         producer = self._client.acquire()
         try:
             producer.partitions_for(self.topic)

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 
-from streams.base import Assignment, Headers, Message, Partition, Positions, Record, StreamError
+from streams.base import Assignment, Found, Headers, Message, Partition, Positions, Record, StreamError
 
 
 class MemorySource:
@@ -98,7 +98,7 @@ class MemorySource:
         Raises:
             StreamError: Reading should begin at records that were trimmed, or at none that ever was.
         """
-        starts = assignment.assigned(list(self._partitions))
+        starts = assignment.assigned({p: Found(self._firsts[p], self._committed.get(p)) for p in self._partitions})
         with self._changed:
             for partition, records in self._partitions.items():
                 first = self._firsts[partition]
@@ -134,13 +134,21 @@ class MemorySource:
         """Give records of these streams again."""
         self._paused.difference_update(streams)
 
-    def commit(self, positions: Mapping[Partition, int]) -> None:
+    def commit(self, positions: Mapping[Partition, int], floors: Mapping[Partition, int] | None = None) -> None:
         """Remember that everything before these positions is answered."""
         self._committed.update(positions)
 
     def committed(self) -> Positions:
         """The positions last committed."""
         return dict(self._committed)
+
+    def position(self, partition: Partition) -> int | None:
+        """Where `poll` reads on."""
+        return self._positions.get(partition)
+
+    def identities(self) -> dict[str, str]:
+        """None: nobody can make a stream anew in here."""
+        return {}
 
     def lag(self) -> dict[Partition, int]:
         """Records between the position of `poll` and the end of each partition."""

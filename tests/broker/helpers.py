@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from streams.base import Message, Partition, Positions, Record
+from streams.base import Found, Message, Partition, Positions, Record
 from streams.kafka import KafkaSink, KafkaSource
 
 Opened = Callable[..., KafkaSource]
@@ -25,10 +25,10 @@ class Keeper:
         self.log: list[tuple[str, list[Partition]]] = []
         self.on_revoked: Callable[[], None] = lambda: None
 
-    def assigned(self, partitions: Sequence[Partition]) -> Positions:
-        self.owned.update(partitions)
-        self.log.append(("assigned", sorted(partitions)))
-        return {partition: self.start[partition] for partition in partitions if partition in self.start}
+    def assigned(self, found: Mapping[Partition, Found]) -> Positions:
+        self.owned.update(found)
+        self.log.append(("assigned", sorted(found)))
+        return {p: self.start[p] for p, at in found.items() if p in self.start and not at.theirs}
 
     def revoked(self, partitions: Sequence[Partition], *, lost: bool) -> None:
         self.on_revoked()

@@ -13,7 +13,7 @@ from engine.daemon import Daemon
 from engine.errors import StorageError
 from engine.launch import _start
 from engine.writer import Outgoing
-from streams.base import Assignment, Partition, Positions, Record
+from streams.base import Assignment, Found, Partition, Positions, Record
 from streams.codec import encode_event
 from streams.journal import Entry, Kind, Run
 from streams.memory import MemorySink, MemorySource
@@ -48,7 +48,7 @@ class Shared(MemorySource):
         while not self._moves.empty():
             how, partitions = self._moves.get()
             if how == "give":
-                starts = self._assignment.assigned(partitions)
+                starts = self._assignment.assigned({p: Found(0, self._committed.get(p)) for p in partitions})
                 self._positions |= {p: starts.get(p, self._committed.get(p, 0)) for p in partitions}
             else:
                 self._assignment.revoked(partitions, lost=how == "lose")

@@ -11,7 +11,7 @@ from anyio import to_thread
 from engine import reader as module
 from engine.cutter import Bad
 from engine.reader import Chunk, Reader
-from streams.base import Assignment, Partition, Positions, Record, StreamError, StreamUnavailableError
+from streams.base import Assignment, Found, Partition, Positions, Record, StreamError, StreamUnavailableError
 from streams.codec import Event, Feedback, InputSpec, encode_event, encode_feedback
 from streams.journal import Kind
 from streams.memory import MemorySource
@@ -180,7 +180,7 @@ async def test_the_last_commit_wins() -> None:
 
 async def test_a_commit_that_fails_for_now_ends_nothing() -> None:
     class Deaf(MemorySource):
-        def commit(self, positions: object) -> None:
+        def commit(self, positions: object, floors: object = None) -> None:
             raise StreamUnavailableError("no broker")
 
     source = Deaf({"data": 1})
@@ -207,7 +207,7 @@ class Rebalancing(MemorySource):
         self.polls += 1
         if self.polls == 2:
             self.assignment.revoked([("data", 0)], lost=self.lost)
-            self.assignment.assigned([("data", 0)])
+            self.assignment.assigned({("data", 0): Found()})
         if self.polls == 3:
             self.finish()
         return super().poll(max_records, 0)

@@ -1,14 +1,14 @@
 import os
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streams.base import Message, Partition, Positions, Record, StreamError
+from streams.base import Found, Message, Partition, Positions, Record, StreamError
 from streams.files import FileSink, FileSource
 from streams.framing import MAGIC, FrameError, Origin, frame_of, split_frames
 
@@ -18,7 +18,7 @@ class Start:
         self.positions = positions or {}
         self.partitions: list[Partition] = []
 
-    def assigned(self, partitions: Sequence[Partition]) -> Positions:
+    def assigned(self, partitions: Mapping[Partition, Found]) -> Positions:
         self.partitions = list(partitions)
         return self.positions
 

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 from kafka import KafkaConsumer, TopicPartition, errors
 
-from streams.base import Message, Partition, Positions, StreamError, StreamUnavailableError
-from streams.kafka import KafkaSettings, KafkaSink, KafkaSource, _free_slot, _records
+from streams.base import Found, Message, Partition, Positions, StreamError, StreamUnavailableError
+from streams.kafka import KafkaSettings, KafkaSink, KafkaSource
 from streams.kafka_client import as_stream_error, connect
 from streams.kafka_commits import Commits
+from streams.kafka_fetch import free_slot, records
 from streams.kafka_rebalance import HandoverError, HandoverListener, check_together
 from streams.kafka_sink import KafkaClient, KeyPartitioner
 
@@ -23,7 +24,7 @@ TP = TopicPartition("t", 0)
 
 
 class Nobody:
-    def assigned(self, partitions: Sequence[Partition]) -> Positions:
+    def assigned(self, partitions: Mapping[Partition, Found]) -> Positions:
         return {}
 
     def revoked(self, partitions: Sequence[Partition], *, lost: bool) -> None:
@@ -82,7 +83,7 @@ def raw(**changed: Any) -> Any:
 
 
 def test_records_keep_what_kafka_has_and_fill_what_it_lacks() -> None:
-    full, bare = _records({TP: [raw(headers=[("h", None)]), raw(offset=9, timestamp=-1, key=None, value=None)]})
+    full, bare = records({TP: [raw(headers=[("h", None)]), raw(offset=9, timestamp=-1, key=None, value=None)]})
     assert full.id == "t-0-7"
     assert full == ("t", 0, 7, 8, 1.5, b"k", b"v", (("h", b""),))
     assert bare._replace(timestamp=0.0) == ("t", 0, 9, 10, 0.0, None, b"", ())
@@ -217,14 +218,14 @@ def test_trouble_with_commits_lasts_until_one_succeeds_and_a_lost_name_for_good(
 
 @pytest.mark.parametrize(
     ("slot", "after"),
-    [(FalsyRecords(), None), (records := [1], records), (None, None)],
+    [(FalsyRecords(), None), (waiting := [1], waiting), (None, None)],
     ids=["used up", "in use", "free"],
 )
 def test_only_a_slot_of_used_up_records_is_freed(slot: object, after: object) -> None:
     consumer = SimpleNamespace(_fetcher=SimpleNamespace(_next_partition_records=slot))
-    _free_slot(consumer)
+    free_slot(consumer)
     assert consumer._fetcher._next_partition_records is after
-    _free_slot(SimpleNamespace())  # another version of kafka-python
+    free_slot(SimpleNamespace())  # another version of kafka-python
 
 
 class FakeFuture:

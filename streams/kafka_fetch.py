@@ -1,0 +1,50 @@
+"""What kafka-python fetched, as records, and where its fetcher needs help."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from kafka import TopicPartition
+
+from streams.base import Record
+
+
+def free_slot(consumer: Any) -> None:
+    """Let records that were left over when their partition was paused be found again.
+
+    kafka-python 3.0 looks for them only while its slot for the records in turn holds None, but a set of records that
+    is used up stays in there, false yet not None: with nothing else to read, the resumed partition stands still for
+    ever.
+    """
+    fetcher: Any = getattr(consumer, "_fetcher", None)
+    if not getattr(fetcher, "_next_partition_records", True):
+        fetcher._next_partition_records = None  # noqa: SLF001
+
+
+def gone(tp: TopicPartition, offset: int, earliest: int) -> str:
+    """Return what to say of a position that retention has removed."""
+    return (
+        f"offset {offset} of {tp.topic}-{tp.partition} is gone, the earliest is {earliest}: restore a checkpoint whose"
+        f" positions are still kept, or begin at {earliest} with a fresh state directory and group and do without the"
+        f" {earliest - offset} records between, or keep records longer (retention.ms, retention.bytes of the topic)"
+    )
+
+
+def records(fetched: Mapping[TopicPartition, Sequence[Any]]) -> list[Record]:
+    """Return what `KafkaConsumer.poll` gave, in order within each partition."""
+    return [
+        Record(
+            tp.topic,
+            tp.partition,
+            r.offset,
+            r.offset + 1,
+            r.timestamp / 1000 if r.timestamp >= 0 else math.nan,
+            r.key,
+            r.value if r.value is not None else b"",
+            tuple((name, content or b"") for name, content in r.headers) if r.headers else (),
+        )
+        for tp, records in fetched.items()
+        for r in records
+    ]

@@ -1,0 +1,60 @@
+"""Where tests get between the code and the machine: the clock, and places at which a process can be made to die.
+
+``ADAPTD_FAILPOINT=name:n`` in the environment kills this process with SIGKILL when it comes to the failpoint ``name``
+for the n-th time; several are separated by commas. Without it a failpoint costs one look at an empty dictionary.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from typing import Protocol
+
+FAILPOINTS = ("journal.append",)
+"""Every failpoint there is, for those who sweep them."""
+
+
+class Clock(Protocol):
+    """What tells the time."""
+
+    def monotonic(self) -> float:
+        """Seconds since some instant; never goes back."""
+        ...
+
+    def time(self) -> float:
+        """Seconds since the epoch; may jump."""
+        ...
+
+
+class SystemClock:
+    """The clocks of this machine."""
+
+    def monotonic(self) -> float:
+        """See `Clock.monotonic`."""
+        return time.monotonic()
+
+    def time(self) -> float:
+        """See `Clock.time`."""
+        return time.time()
+
+
+def _parse(text: str) -> dict[str, int]:
+    armed: dict[str, int] = {}
+    for part in filter(None, text.split(",")):
+        name, _, count = part.partition(":")
+        if name not in FAILPOINTS or not (count.isascii() and count.isdigit()) or int(count) < 1:
+            raise ValueError(f"ADAPTD_FAILPOINT={text}: write name:n, the name one of {', '.join(FAILPOINTS)}")
+        armed[name] = int(count)
+    return armed
+
+
+_armed = _parse(os.environ.get("ADAPTD_FAILPOINT", ""))
+
+
+def failpoint(name: str) -> None:
+    """Die here if this is where and when it was asked for."""
+    if _armed and name in _armed:
+        _armed[name] -= 1
+        if not _armed[name]:
+            os.kill(os.getpid(), signal.SIGKILL)

@@ -1,0 +1,56 @@
+"""Failpoints kill where and when they are asked to, and nowhere else."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from streams.seams import FAILPOINTS, SystemClock
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(armed: str) -> tuple[int, bytes]:
+    name = FAILPOINTS[0]
+    code = f"from streams.seams import failpoint\nfor n in range(5): print(n, flush=True); failpoint({name!r})"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"ADAPTD_FAILPOINT": armed},
+        capture_output=True,
+        timeout=60,
+        check=False,
+        cwd=ROOT,
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_an_armed_failpoint_kills_at_the_pass_that_was_named() -> None:
+    assert run(f"{FAILPOINTS[0]}:3") == (-signal.SIGKILL, b"0\n1\n2\n")
+
+
+def test_without_being_armed_it_does_nothing() -> None:
+    assert run("") == (0, b"0\n1\n2\n3\n4\n")
+
+
+@pytest.mark.parametrize("armed", ["nowhere:1", "journal.append", "journal.append:0", "journal.append:x"])
+def test_what_cannot_be_armed_is_refused_with_the_names_there_are(armed: str) -> None:
+    code, said = run(armed)
+    assert code == 1
+    assert b"write name:n, the name one of journal.append" in said
+
+
+def test_every_failpoint_in_the_code_is_listed_and_every_listed_one_is_in_the_code() -> None:
+    sources = [path for package in ("engine", "streams") for path in (ROOT / package).rglob("*.py")]
+    found = [name for path in sources for name in re.findall(r'failpoint\("([^"]+)"\)', path.read_text())]
+    assert sorted(set(found)) == sorted(FAILPOINTS)
+    assert sorted(FAILPOINTS) == sorted(set(FAILPOINTS))
+
+
+def test_the_clocks_of_the_machine_go_on() -> None:
+    clock = SystemClock()
+    assert clock.monotonic() <= clock.monotonic()
+    assert clock.time() > 1.7e9
