@@ -17,9 +17,15 @@ _GREY = (0.299, 0.587, 0.114)
 
 
 def augment(
-    kind: Augmentation, inputs: Tensor, generator: torch.Generator, *, image_noise: float, noise: float
+    kind: Augmentation,
+    inputs: Tensor,
+    generator: torch.Generator,
+    *,
+    image_noise: float,
+    noise: float,
+    strength: float = 1.0,
 ) -> Tensor:
-    """A strongly augmented copy of ``inputs``.
+    """An augmented copy of ``inputs``, strongly so by default.
 
     Args:
         kind: ``image`` for images ``(N, C, H, W)`` in [0, 1]; ``noise`` for any floating rows; ``none``; ``auto`` takes
@@ -28,6 +34,7 @@ def augment(
         generator: On the device of ``inputs``; its state moves on.
         image_noise: Standard deviation of the pixel noise of ``image``.
         noise: Standard deviation of ``noise`` in units of each feature's own over the rows.
+        strength: Of ``image``, see `strong_image`.
 
     Returns:
         ``(N, *shape)``; ``inputs`` itself where nothing is to be done.
@@ -36,7 +43,7 @@ def augment(
         return inputs
     if kind == "noise" or (kind == "auto" and inputs.dim() != 4):
         return feature_noise(inputs, generator, noise)
-    return strong_image(inputs, generator, image_noise)
+    return strong_image(inputs, generator, image_noise, strength)
 
 
 def feature_noise(inputs: Tensor, generator: torch.Generator, noise: float) -> Tensor:
@@ -45,12 +52,15 @@ def feature_noise(inputs: Tensor, generator: torch.Generator, noise: float) -> T
     return torch.addcmul(inputs, drawn, inputs.std(0, correction=0, keepdim=True), value=noise)
 
 
-def strong_image(images: Tensor, generator: torch.Generator, noise: float) -> Tensor:
+def strong_image(images: Tensor, generator: torch.Generator, noise: float, strength: float = 1.0) -> Tensor:
     """The strong augmentation of CoTTA and RoTTA for images ``(N, C, H, W)`` in [0, 1].
 
     Colour jitter (brightness 0.6 to 1.4, contrast 0.7 to 1.3, saturation 0.5 to 1.5, hue -0.06 to 0.06 of a turn,
     gamma 0.7 to 1.3), affine map with the edge repeated (15 degrees, shift of 1/16, scale 0.9 to 1.1), horizontal flip
     of every second image on average, Gaussian blur over 5 pixels (sigma 0.001 to 0.5), noise, all clipped to [0, 1].
+
+    ``strength`` scales all these ranges around no change, but for the flip, the shift and the noise; 0.5 is the mild
+    form that ROID uses.
 
     Deviations: parameters are drawn per image, not per batch; the jitter's order is fixed; hue turns in YIQ instead of
     HSV space; images without three channels keep saturation and hue.
@@ -61,29 +71,38 @@ def strong_image(images: Tensor, generator: torch.Generator, noise: float) -> Te
     def between(index: int, low: float, high: float) -> Tensor:
         return torch.lerp(drawn.new_tensor(low), drawn.new_tensor(high), drawn[index])
 
+    def around(index: int, middle: float, reach: float) -> Tensor:
+        return between(index, middle - reach * strength, middle + reach * strength)
+
     # The clone in plain layout: channel planes are what the jitter and the resampling walk along.
     out: Tensor = images.contiguous().clamp(0, 1)
-    out = _jitter(out, between)
-    out = _warp(out, between, flip=drawn[8] < 0.5)
-    out = _blur(out, between(9, 0.001, 0.5))
+    out = _jitter(out, around)
+    out = _warp(
+        out,
+        around(5, 0, math.pi / 12),
+        around(6, 1, 0.1),
+        (between(7, -0.125, 0.125), between(10, -0.125, 0.125)),
+        flip=drawn[8] < 0.5,
+    )
+    out = _blur(out, between(9, 0.001, 0.5 * strength))
     grain = torch.randn(out.shape, generator=generator, device=out.device, dtype=out.dtype)
     return out.add_(grain, alpha=noise).clamp_(0, 1).contiguous(memory_format=layout)
 
 
-def _jitter(out: Tensor, between: Callable[[int, float, float], Tensor]) -> Tensor:
+def _jitter(out: Tensor, around: Callable[[int, float, float], Tensor]) -> Tensor:
     """Brightness, contrast, saturation and hue, gamma; ``out`` is changed in place or replaced."""
     rows = (-1, 1, 1, 1)
-    out = out.mul_(between(0, 0.6, 1.4).view(rows)).clamp_(0, 1)
+    out = out.mul_(around(0, 1, 0.4).view(rows)).clamp_(0, 1)
     colour = out.shape[1] == 3
     grey = torch.einsum("nchw,c->n", out, out.new_tensor(_GREY)) if colour else out.sum((1, 2, 3)) / out.shape[1]
-    contrast = between(1, 0.7, 1.3)
+    contrast = around(1, 1, 0.3)
     shift = (1 - contrast) * grey / (out.shape[2] * out.shape[3])
     out = torch.addcmul(shift.view(rows), out, contrast.view(rows)).clamp_(0, 1)
     if colour:
-        turn = _colour_matrix(between(2, 0.5, 1.5), between(3, -0.06, 0.06) * (2 * math.pi))
+        turn = _colour_matrix(around(2, 1, 0.5), around(3, 0, 0.06) * (2 * math.pi))
         out = torch.bmm(turn, out.flatten(2)).view(out.shape).clamp_(0, 1)
     # 0 ** gamma has an infinite slope but no gradient ever goes this way.
-    return out.pow_(between(4, 0.7, 1.3).view(rows))
+    return out.pow_(around(4, 1, 0.3).view(rows))
 
 
 def _colour_matrix(saturation: Tensor, angle: Tensor) -> Tensor:
@@ -98,12 +117,9 @@ def _colour_matrix(saturation: Tensor, angle: Tensor) -> Tensor:
     return turn
 
 
-def _warp(images: Tensor, between: Callable[[int, float, float], Tensor], flip: Tensor) -> Tensor:
-    """Rotate, shift, scale and flip in one bilinear resampling that repeats the edge."""
-    angle = between(5, -math.pi / 12, math.pi / 12)
-    scale = between(6, 0.9, 1.1)
-    across, down = between(7, -0.125, 0.125), between(10, -0.125, 0.125)  # 1/16 of the image: 1/8 of its half
-    height, width = images.shape[2:]
+def _warp(images: Tensor, angle: Tensor, scale: Tensor, shift: tuple[Tensor, Tensor], flip: Tensor) -> Tensor:
+    """Rotate, scale, shift (in half widths and heights) and flip in one bilinear resampling that repeats the edge."""
+    (across, down), (height, width) = shift, images.shape[2:]
     cosine, sine = angle.cos() / scale, angle.sin() / scale
     mirror = torch.where(flip, -1.0, 1.0).to(images.dtype)
     # grid_sample maps output to input in units of half the width and height; rotation acts on pixels.

@@ -20,6 +20,11 @@ METHODS: dict[str, dict[str, str]] = {
         "tent": "policies.adaptation.tent:Tent",
         "rotta": "policies.adaptation.rotta:RoTTA",
         "lame": "policies.adaptation.lame:LAME",
+        "eta": "policies.adaptation.eata:ETA",
+        "eata": "policies.adaptation.eata:EATA",
+        "sar": "policies.adaptation.sar:SAR",
+        "roid": "policies.adaptation.roid:ROID",
+        "cmf": "policies.adaptation.cmf:CMF",
     },
     "reweighting": {
         "age": "policies.reweighting.age:Age",

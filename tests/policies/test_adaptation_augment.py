@@ -32,6 +32,14 @@ def test_rows_get_parameters_of_their_own_and_the_generator_decides() -> None:
     assert not torch.equal(views, strong_image(images, generator(2), 0.0))
 
 
+def test_strength_scales_how_far_views_are_from_the_images() -> None:
+    grey = torch.full((16, 3, 8, 8), 0.4)
+    views = [strong_image(grey, generator(1), 0.0, strength) for strength in (0.0, 0.5, 1.0)]
+    far = [float((view - grey).abs().mean()) for view in views]
+    assert far[0] == pytest.approx(0, abs=1e-5)
+    assert 0.4 * far[2] < far[1] < 0.6 * far[2]
+
+
 def test_kinds_are_found_by_the_inputs() -> None:
     rows, tokens = torch.randn(50, 3), torch.arange(6).view(2, 3)
     assert augment("auto", tokens, generator(), image_noise=0.1, noise=0.1) is tokens
@@ -45,11 +53,8 @@ def test_kinds_are_found_by_the_inputs() -> None:
 
 def test_an_affine_map_at_its_middle_is_the_identity_and_flips_exactly() -> None:
     image = torch.rand(2, 3, 6, 6, generator=generator())
-
-    def middle(_: int, low: float, high: float) -> torch.Tensor:
-        return torch.full((2,), (low + high) / 2)
-
-    got = _warp(image, middle, flip=torch.tensor([False, True]))
+    none = torch.zeros(2)
+    got = _warp(image, none, none + 1, (none, none), flip=torch.tensor([False, True]))
     torch.testing.assert_close(got[0], image[0])
     torch.testing.assert_close(got[1], image[1].flip(2))
 
