@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from policies.interfaces import Adaptation, Batch, Context, Outcome, State, StepKind, Weights
+from policies.memory import fastest
 from policies.norm import Blending, NormSelection, only_require_grad
 from policies.optimizers import load_optimizer_state, optimizer_state
 
@@ -69,8 +70,9 @@ class GradientAdaptation(Adaptation):
         self.gauges |= {"adapted_values": values, "rows_rejected": 0, "loss": 0.0}
 
     def _adapt(self, batch: Batch) -> Tensor:
-        logits = self._forward(batch.inputs)
-        self._waiting.append(batch.inputs)
+        inputs = fastest(batch.inputs)
+        logits = self._forward(inputs)
+        self._waiting.append(inputs)
         self._graphs.append(logits)
         return self._answer(logits.detach())
 
@@ -146,7 +148,7 @@ class GradientAdaptation(Adaptation):
     def load_state_dict(self, state: State) -> None:
         """Take over a state; waiting inputs go through the model again at the next update."""
         load_optimizer_state(self._optimizer, self._named, state["optimizer"])
-        self._waiting = [inputs.to(self.context.device) for inputs in state["waiting"]]
+        self._waiting = [fastest(inputs.to(self.context.device)) for inputs in state["waiting"]]
         self._graphs = []
 
 

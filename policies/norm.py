@@ -193,6 +193,9 @@ class BlendedBatchNorm(nn.Module):
         bias = torch.zeros_like(self.running_mean) if self.bias is None else self.bias
         if not blending:
             return _normalise(x, weight, bias, self.running_mean, self.running_var, self.eps)
+        if self.share == 1 and not self.unbiased and not self.store:
+            # Nothing is blended: plain training-mode BatchNorm, whose backward is one fused pass.
+            return F.batch_norm(x, None, None, weight, bias, training=True, eps=self.eps)
         y, mean, var = _BlendedNorm.apply(x, weight, bias, self.running_mean, self.running_var, self)
         if self.store:
             # New tensors would be lost to whoever holds the buffers; a later forward never needs the old values.
