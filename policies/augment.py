@@ -52,6 +52,35 @@ def feature_noise(inputs: Tensor, generator: torch.Generator, noise: float) -> T
     return torch.addcmul(inputs, drawn, inputs.std(0, correction=0, keepdim=True), value=noise)
 
 
+def shuffled(inputs: Tensor, patches: int, generator: torch.Generator) -> Tensor:
+    """A copy of ``inputs (N, *shape)`` whose parts have changed places, another way for every row.
+
+    Images ``(N, C, H, W)`` are cut into ``patches x patches`` pieces, other rows along their first dimension into at
+    most ``patches ** 2`` blocks; what a cut leaves over stays in place.
+    """
+    out = inputs.clone()
+    if inputs.dim() == 4 and min(inputs.shape[2:]) >= patches:
+        count, channels = inputs.shape[:2]
+        high, wide = inputs.shape[2] // patches, inputs.shape[3] // patches
+        view = inputs[:, :, : high * patches, : wide * patches].reshape(count, channels, patches, high, patches, wide)
+        pieces = _moved(view.permute(0, 2, 4, 1, 3, 5).flatten(1, 2), generator)
+        whole = pieces.unflatten(1, (patches, patches)).permute(0, 3, 1, 4, 2, 5)
+        out[:, :, : high * patches, : wide * patches] = whole.reshape(count, channels, high * patches, wide * patches)
+    elif inputs.dim() > 1:
+        blocks = min(patches * patches, inputs.shape[1])
+        length = inputs.shape[1] // blocks
+        view = inputs[:, : blocks * length].unflatten(1, (blocks, length))
+        out[:, : blocks * length] = _moved(view, generator).flatten(1, 2)
+    return out
+
+
+def _moved(pieces: Tensor, generator: torch.Generator) -> Tensor:
+    """Pieces ``(N, P, ...)`` in an order of its own for every row."""
+    drawn = torch.rand(pieces.shape[:2], generator=generator, device=pieces.device)
+    order = drawn.argsort(1).view(*pieces.shape[:2], *[1] * (pieces.dim() - 2))
+    return pieces.gather(1, order.expand_as(pieces))
+
+
 def strong_image(images: Tensor, generator: torch.Generator, noise: float, strength: float = 1.0) -> Tensor:
     """The strong augmentation of CoTTA and RoTTA for images ``(N, C, H, W)`` in [0, 1].
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from policies.interfaces import Adaptation, Batch, Context, Outcome, State, StepKind, Weights
 from policies.memory import fastest
-from policies.norm import Blending, NormSelection, only_require_grad
+from policies.norm import BlendedBatchNorm, Blending, NormSelection, only_require_grad
 from policies.optimizers import load_optimizer_state, optimizer_state
 
 EMPTY = "empty"
@@ -61,7 +61,7 @@ class GradientAdaptation(Adaptation):
         self.params = params
         self._named = params.parameters(context.model)
         self.adapted = frozenset(self._named)
-        self._blending = Blending(context.model, share=1.0, unbiased=False, store=False)
+        self._blending = Blending(context.model, share=1.0, unbiased=False, store=False, kind=self._layers())
         self._optimizer = params.built(list(self._named.values()))
         self._waiting: list[Tensor] = []
         self._graphs: list[Tensor] = []
@@ -75,6 +75,10 @@ class GradientAdaptation(Adaptation):
         self._waiting.append(inputs)
         self._graphs.append(logits)
         return self._answer(logits.detach())
+
+    def _layers(self) -> type[BlendedBatchNorm]:
+        """What stands in for BatchNorm layers."""
+        return BlendedBatchNorm
 
     def _answer(self, logits: Tensor) -> Tensor:
         """What to answer, given the model's logits ``(B, K)``."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -148,14 +149,47 @@ def fastest(inputs: Tensor) -> Tensor:
     return inputs.contiguous(memory_format=torch.channels_last)
 
 
-class Bank:
-    """The inputs that a `Timetable` keeps, in one tensor on the model's device.
+class Keeper(Protocol):
+    """Decides, one input after another, what a bank keeps."""
+
+    capacity: int
+
+    def __len__(self) -> int:
+        """How many inputs are kept."""
+        ...
+
+    def clear(self) -> None:
+        """Forget every input."""
+        ...
+
+    def insert(self, label: int, uncertainty: float) -> int | None:
+        """Offer one input; the slot to write it to, or None if it is refused."""
+        ...
+
+    def classes(self) -> int:
+        """How many classes hold an input."""
+        ...
+
+    def state_dict(self) -> State:
+        """Everything that a restart needs."""
+        ...
+
+    def load_state_dict(self, state: State) -> None:
+        """Take over a state."""
+        ...
+
+
+KeeperT = TypeVar("KeeperT", bound=Keeper)
+
+
+class KeptInputs(Generic[KeeperT]):
+    """The inputs that a `Keeper` keeps, in one tensor on the model's device.
 
     Args:
         timetable: Decides what is kept.
     """
 
-    def __init__(self, timetable: Timetable) -> None:
+    def __init__(self, timetable: KeeperT) -> None:
         self.timetable = timetable
         self._inputs: Tensor | None = None
 
@@ -206,11 +240,6 @@ class Bank:
         assert self._inputs is not None, "an empty bank has no inputs"
         return self._inputs[: len(self)]
 
-    def ages(self) -> Tensor:
-        """Ages ``(n,)`` float32 by slot, in units of the capacity, on the bank's device."""
-        ages = torch.tensor(self.timetable.ages(), dtype=torch.float32) / self.timetable.capacity
-        return ages.to(self.inputs.device)
-
     def state_dict(self) -> State:
         """The timetable and the inputs by slot."""
         return {"timetable": self.timetable.state_dict(), "inputs": self.inputs if len(self) else None}
@@ -224,3 +253,12 @@ class Bank:
         if len(self) and held is not None:
             self._inputs = self._allocate(held.to(device))
             self._inputs[: len(held)] = held.to(device)
+
+
+class Bank(KeptInputs[Timetable]):
+    """The inputs that a `Timetable` keeps, with their ages."""
+
+    def ages(self) -> Tensor:
+        """Ages ``(n,)`` float32 by slot, in units of the capacity, on the bank's device."""
+        ages = torch.tensor(self.timetable.ages(), dtype=torch.float32) / self.timetable.capacity
+        return ages.to(self.inputs.device)

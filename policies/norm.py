@@ -225,15 +225,24 @@ class Blending:
         share: See `BlendedBatchNorm`.
         unbiased: See `BlendedBatchNorm`.
         store: See `BlendedBatchNorm`.
+        kind: What to put in: `BlendedBatchNorm` or a class derived from it.
     """
 
-    def __init__(self, model: nn.Module, *, share: float, unbiased: bool, store: bool) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        share: float,
+        unbiased: bool,
+        store: bool,
+        kind: type[BlendedBatchNorm] = BlendedBatchNorm,
+    ) -> None:
         places: dict[int, _Place] = {}
         for path, layer in model.named_modules(remove_duplicate=False):
             if not path or not isinstance(layer, _BatchNorm) or layer.running_mean is None:
                 continue
             if id(layer) not in places:
-                stand_in = BlendedBatchNorm(layer, share=share, unbiased=unbiased, store=store)
+                stand_in = kind(layer, share=share, unbiased=unbiased, store=store)
                 places[id(layer)] = _Place(layer, stand_in, [])
             parent, _, name = path.rpartition(".")
             places[id(layer)].parents.append((model.get_submodule(parent), name))

@@ -25,6 +25,10 @@ METHODS: dict[str, dict[str, str]] = {
         "sar": "policies.adaptation.sar:SAR",
         "roid": "policies.adaptation.roid:ROID",
         "cmf": "policies.adaptation.cmf:CMF",
+        "deyo": "policies.adaptation.deyo:DeYO",
+        "delta": "policies.adaptation.delta:DELTA",
+        "t3a": "policies.adaptation.t3a:T3A",
+        "adanpc": "policies.adaptation.adanpc:AdaNPC",
     },
     "reweighting": {
         "age": "policies.reweighting.age:Age",

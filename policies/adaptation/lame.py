@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from policies.interfaces import Adaptation, Batch, Context, MethodParams, PolicyError
+from policies.features import Features
+from policies.interfaces import Adaptation, Batch, Context, MethodParams
 
 Affinity = Literal["knn", "rbf", "linear"]
 
@@ -72,33 +72,13 @@ class LAME(Adaptation):
     def __init__(self, params: Params, context: Context) -> None:
         super().__init__(params, context)
         self.params = params
-        self._features: Tensor | None = None
-        head = _classifier(context.model, params.layer, context.num_classes)
-        self._compute: Callable[[Tensor], Tensor] | None = getattr(context.model, "features", None)
-        if head is None and not callable(self._compute):
-            raise PolicyError(
-                "adaptation 'lame' needs features: the model has no torch.nn.Linear layer and no method 'features'; "
-                "name the module whose input to take with 'layer', or choose 'none'"
-            )
-        self._hook = None if head is None else head.register_forward_pre_hook(self._capture)
+        self._features = Features(context.model, params.layer, context.num_classes, self.name)
         self.gauges |= {"iterations": 0, "cap_hits": 0}
-
-    def _capture(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
-        """Forward pre-hook of the classifier: keep its input."""
-        self._features = args[0].detach()
 
     @torch.no_grad()
     def _adapt(self, batch: Batch) -> Tensor:
         logits: Tensor = self.context.model(batch.inputs)
-        features, self._features = self._features, None
-        if features is None:
-            assert self._compute is not None, "the classifier did not run"
-            features = self._compute(batch.inputs)
-        if len(features) != len(logits):
-            raise PolicyError(
-                f"adaptation 'lame' got {len(features)} rows of features for {len(logits)} rows of logits"
-            )
-        features = features.flatten(1)
+        features = self._features.of(batch.inputs, len(logits)).detach()
         finite = logits.isfinite().all(1) & features.isfinite().all(1)
         if bool(finite.all()):
             return self._correct(logits, features)
@@ -123,21 +103,7 @@ class LAME(Adaptation):
 
     def detach(self) -> None:
         """Remove the hook."""
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
-
-
-def _classifier(model: nn.Module, layer: str, num_classes: int) -> nn.Module | None:
-    """The module whose input is the features, or None."""
-    modules: dict[str, nn.Module] = dict(model.named_modules())
-    if layer:
-        if layer not in modules:
-            raise PolicyError(f"adaptation 'lame': the model has no module named {layer!r}")
-        return modules[layer]
-    linear = [module for module in modules.values() if isinstance(module, nn.Linear)]
-    heads = [module for module in linear if module.out_features == num_classes] or linear
-    return heads[-1] if heads else None
+        self._features.remove()
 
 
 def affinity(kind: Affinity, features: Tensor, neighbours: int) -> Tensor:

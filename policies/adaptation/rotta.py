@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from kernels import lerp_, softmax_entropy
+from kernels import lerp_
 from policies.augment import Augmentation, augment
-from policies.interfaces import Adaptation, Batch, Context, Outcome, State, StepKind, Weights, load_weights
+from policies.banked import BankedAdaptation
+from policies.interfaces import Context, State, Weights, load_weights
 from policies.memory import Bank, Timetable
-from policies.norm import Blending, NormSelection, all_finite
+from policies.norm import Blending, NormSelection
 from policies.optimizers import load_optimizer_state, optimizer_state
-
-NONFINITE_STATISTICS = "nonfinite_statistics"
-"""Statistics of BatchNorm would have become infinite or NaN; they were put back."""
 
 _log = logging.getLogger(__name__)
 
 
-class RoTTA(Adaptation):
+class RoTTA(BankedAdaptation):
     """Adapts on a small bank that is balanced over classes, so that class-correlated streams do no harm.
 
     Reference: Yuan et al., "Robust test-time adaptation in dynamic scenarios" (CVPR 2023).
@@ -92,9 +89,13 @@ class RoTTA(Adaptation):
         image_noise: float = Field(default=0.005, ge=0)
         noise: float = Field(default=0.1, ge=0)
 
+    _bank: Bank
+
     def __init__(self, params: Params, context: Context) -> None:
-        super().__init__(params, context)
+        bank = Bank(Timetable(params.capacity, context.num_classes, params.lambda_t, params.lambda_u))
+        super().__init__(params, context, bank, params.interval)
         self.params = params
+        self._bank = bank
         self._teacher = params.parameters(context.model)
         self.adapted = frozenset(self._teacher)
         self._student_model = copy.deepcopy(context.model)
@@ -104,75 +105,17 @@ class RoTTA(Adaptation):
         self._teacher_norm = Blending(context.model, share=params.alpha, unbiased=False, store=True)
         self._student_norm = Blending(self._student_model, share=params.alpha, unbiased=False, store=True)
         self._optimizer = torch.optim.Adam(self._student.values(), lr=params.lr, betas=(params.beta1, 0.999))
-        self._bank = Bank(Timetable(params.capacity, context.num_classes, params.lambda_t, params.lambda_u))
         self._generator = torch.Generator(context.device).manual_seed(context.seed)
-        self._seen = 0
-        self._waiting: list[tuple[Tensor, Tensor]] = []
+        self._stepped_model = self._student_model
         counts = sum(p.numel() for p in self._student.values()), len(self._student)
         _log.info("rotta adapts %d values in %d parameters", *counts)
-        self.gauges |= {
-            "adapted_values": counts[0],
-            "bank_rows": 0,
-            "bank_classes": 0,
-            "bank_emptied": 0,
-            "rows_rejected": 0,
-            "loss": 0.0,
-        }
+        self.gauges["adapted_values"] = counts[0]
 
-    @torch.no_grad()
-    def _adapt(self, batch: Batch) -> Tensor:
-        logits: Tensor = self.context.model(batch.inputs)
-        entropy, _, label = softmax_entropy(logits)
-        # One tensor, so that `update` fetches it from the device at once.
-        self._waiting.append((batch.inputs, torch.stack([label.double(), entropy.double()])))
-        return logits
+    def _statistics(self) -> list[Tensor]:
+        return self._teacher_norm.statistics() + self._student_norm.statistics()
 
-    def update(self) -> Outcome | None:
-        """Offer the rows answered since the last call to the bank, one by one, and step whenever a step is due."""
-        waiting, self._waiting = self._waiting, []
-        outcome = None
-        for inputs, judged in waiting:
-            labels, uncertainties = judged.tolist()
-            keep = [row for row, value in enumerate(uncertainties) if math.isfinite(value)]
-            if len(keep) < len(labels):
-                self.gauges["rows_rejected"] += len(labels) - len(keep)
-                inputs = inputs[keep]
-            rows = [(int(labels[row]), uncertainties[row]) for row in keep]
-            outcome = self._offer(inputs, rows) or outcome
-        self.gauges |= {"bank_rows": len(self._bank), "bank_classes": self._bank.timetable.classes()}
-        return outcome
-
-    def _offer(self, inputs: Tensor, rows: list[tuple[int, float]]) -> Outcome | None:
-        """Offer ``inputs`` with their pseudo-labels and entropies; step in between where one is due."""
-        outcome, start = None, 0
-        while start < len(rows):
-            stop = min(len(rows), start + self.params.interval - self._seen % self.params.interval)
-            self._bank.insert(inputs[start:stop], rows[start:stop])
-            self._seen += stop - start
-            start = stop
-            if self._seen % self.params.interval == 0 and len(self._bank):
-                outcome = self._step()
-        return outcome
-
-    def _step(self) -> Outcome:
-        """Update both models' statistics, the student by gradient and the teacher by the student."""
-        statistics = self._teacher_norm.statistics() + self._student_norm.statistics()
-        before = [tensor.clone() for tensor in statistics]
-        loss = self._loss()
-        outcome = Outcome(applied=False, reason=NONFINITE_STATISTICS)
-        if all_finite([*statistics, loss.detach()]):
-            outcome = self.context.stepper.step(self._student_model, self._optimizer, loss, StepKind.ADAPTATION)
-            self.gauges["loss"] = float(loss.detach())
-        if outcome.applied:
-            lerp_(list(self._teacher.values()), list(self._student.values()), self.params.nu)
-            return outcome
-        for tensor, old in zip(statistics, before, strict=True):
-            tensor.copy_(old)
-        if outcome.reason.startswith("nonfinite"):
-            # Whatever did it sits in the bank and would do it again.
-            self._bank.clear()
-            self.gauges["bank_emptied"] += 1
-        return outcome
+    def _stepped(self) -> None:
+        lerp_(list(self._teacher.values()), list(self._student.values()), self.params.nu)
 
     def _loss(self) -> Tensor:
         """The weighted cross-entropy between teacher and student on the bank."""
@@ -205,11 +148,7 @@ class RoTTA(Adaptation):
         """Return teacher and student to the source model and forget everything."""
         super().reset()
         load_weights(self._student_model, self.context.source.state_dict())
-        self._optimizer.state.clear()
-        self._bank.clear()
         self._generator.manual_seed(self.context.seed)
-        self._seen = 0
-        self._waiting = []
 
     def detach(self) -> None:
         """Put the original BatchNorm layers back."""
@@ -217,24 +156,18 @@ class RoTTA(Adaptation):
 
     def state_dict(self) -> State:
         """The student, the bank, the optimizer, the generator and the counter."""
-        return {
+        return super().state_dict() | {
             "student": self._student_model.state_dict(),
             "optimizer": optimizer_state(self._optimizer, self._student),
-            "bank": self._bank.state_dict(),
             "generator": self._generator.get_state(),
-            "seen": self._seen,
-            "waiting": [{"inputs": inputs, "judged": judged} for inputs, judged in self._waiting],
         }
 
     def load_state_dict(self, state: State) -> None:
         """Take over a copy of a state."""
-        device = self.context.device
+        super().load_state_dict(state)
         load_weights(self._student_model, state["student"])
         load_optimizer_state(self._optimizer, self._student, state["optimizer"])
-        self._bank.load_state_dict(state["bank"], device)
         self._generator.set_state(state["generator"].cpu())
-        self._seen = state["seen"]
-        self._waiting = [(row["inputs"].to(device), row["judged"].to(device)) for row in state["waiting"]]
 
 
 def timeliness(ages: Tensor) -> Tensor:

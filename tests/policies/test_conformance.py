@@ -30,6 +30,10 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "bn": [{"alpha": 1.0}, {"mode": "prior"}, {"mode": "ema"}],
     "tent": [{"optimizer": "sgd", "lr": 0.01}],
     "rotta": [{"capacity": 6, "interval": 5, "nu": 0.1}],
+    "delta": [
+        {"loss": "reliable", "margin": 1.0, "floor": 0.0},
+        {"renormalise": False, "loss": "pseudo_label", "confidence": 0.0},
+    ],
     "lame": [{"affinity": "knn"}, {"affinity": "linear", "symmetric": True}],
 }
 """Parameters beside the defaults that are worth the same checks."""
@@ -38,8 +42,12 @@ EAGER: dict[str, dict[str, Any]] = {
     "eta": {"margin": 1.0, "similarity": 1.0},
     "eata": {"margin": 1.0, "similarity": 1.0, "fisher_rows": 40},
     "sar": {"margin": 1.0},
+    "deyo": {"margin": 1.0, "drop": -0.5},
+    "t3a": {"supports": 2},
+    "adanpc": {"capacity": 20, "neighbours": 3, "confidence": 0.0},
 }
-"""What stands for the defaults of methods that choose rows: models that were never trained are sure of none."""
+"""What stands for the defaults of methods that choose rows, as models that were never trained are sure of none, or that
+fill their memory slowly."""
 
 SOURCES = {name: source_model(name) for name in MODELS}
 
@@ -58,12 +66,8 @@ def refusal(name: str, params: dict[str, Any], model: str) -> str:
     return ""
 
 
-ALL = [
-    (name, p, model)
-    for name in known("adaptation")
-    for p in [EAGER.get(name, {}), *VARIANTS.get(name, [])]
-    for model in MODELS
-]
+ALL = [(name, EAGER.get(name, {}), model) for name in known("adaptation") for model in MODELS]
+ALL += [(name, p, model) for name, more in VARIANTS.items() for p in more for model in ("conv_bn", "mlp")]
 REFUSED = {(name, model): why for name, params, model in ALL if (why := refusal(name, params, model))}
 CASES = [
     pytest.param(name, params, model, id="-".join([name, *map(str, params.values()), model]))
