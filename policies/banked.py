@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Any
 
@@ -11,7 +12,10 @@ from torch import Tensor, nn
 from kernels import softmax_entropy
 from policies.interfaces import Adaptation, Batch, Context, MethodParams, Outcome, State, StepKind
 from policies.memory import KeptInputs
-from policies.norm import all_finite
+from policies.norm import Blending, NormSelection, all_finite, only_require_grad
+from policies.optimizers import load_optimizer_state, optimizer_state
+
+_log = logging.getLogger(__name__)
 
 NONFINITE_STATISTICS = "nonfinite_statistics"
 """Statistics of BatchNorm would have become infinite or NaN; they were put back."""
@@ -138,3 +142,60 @@ class BankedAdaptation(Adaptation):
         self._bank.load_state_dict(state["bank"], device)
         self._seen = state["seen"]
         self._waiting = [(row["inputs"].to(device), row["judged"].to(device)) for row in state["waiting"]]
+
+
+class OneModelBanked(BankedAdaptation):
+    """Base of those whose bank adapts the live model itself, by Adam over its normalisation layers.
+
+    Args:
+        params: Of the method.
+        context: Of the method.
+        bank: Empty.
+        interval: Inputs between two steps.
+        blending: The layers in the live model.
+        lr: Adam's learning rate.
+
+    Raises:
+        PolicyError: If no affine parameter of a normalisation layer is selected.
+    """
+
+    def __init__(
+        self,
+        params: NormSelection,
+        context: Context,
+        bank: KeptInputs[Any],
+        *,
+        interval: int,
+        blending: Blending,
+        lr: float,
+    ) -> None:
+        super().__init__(params, context, bank, interval)
+        self._blending = blending
+        self._named = params.parameters(context.model)
+        self.adapted = frozenset(self._named)
+        self._optimizer = torch.optim.Adam(self._named.values(), lr=lr)
+        self._stepped_model = context.model
+        self.gauges["adapted_values"] = sum(p.numel() for p in self._named.values())
+        _log.info("%s adapts %d values in %d parameters", self.name, self.gauges["adapted_values"], len(self._named))
+
+    def _statistics(self) -> list[Tensor]:
+        return self._blending.statistics()
+
+    def _forward(self) -> Tensor:
+        """Logits of the bank with gradients, as in training."""
+        with torch.enable_grad(), self._blending.active(), only_require_grad(self.context.model, self.adapted):
+            logits: Tensor = self.context.model(self._bank.inputs)
+        return logits
+
+    def detach(self) -> None:
+        """Put the original BatchNorm layers back."""
+        self._blending.undo()
+
+    def state_dict(self) -> State:
+        """Adam's moments beside bank, counter and waiting rows."""
+        return super().state_dict() | {"optimizer": optimizer_state(self._optimizer, self._named)}
+
+    def load_state_dict(self, state: State) -> None:
+        """Take over a copy of a state."""
+        super().load_state_dict(state)
+        load_optimizer_state(self._optimizer, self._named, state["optimizer"])

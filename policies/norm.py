@@ -279,6 +279,18 @@ class Blending:
             for layer in self.layers:
                 layer.blending = False
 
+    @contextmanager
+    def still(self) -> Iterator[None]:
+        """Store nothing inside the context."""
+        flags = [layer.store for layer in self.layers]
+        try:
+            for layer in self.layers:
+                layer.store = False
+            yield
+        finally:
+            for layer, flag in zip(self.layers, flags, strict=True):
+                layer.store = flag
+
     def undo(self) -> None:
         """Put the layers that were found back, with the parameters and buffers as they are now."""
         for place in self._places:

@@ -34,6 +34,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"loss": "reliable", "margin": 1.0, "floor": 0.0},
         {"renormalise": False, "loss": "pseudo_label", "confidence": 0.0},
     ],
+    "note": [{"instance_aware": False}],
     "lame": [{"affinity": "knn"}, {"affinity": "linear", "symmetric": True}],
 }
 """Parameters beside the defaults that are worth the same checks."""
@@ -43,6 +44,8 @@ EAGER: dict[str, dict[str, Any]] = {
     "eata": {"margin": 1.0, "similarity": 1.0, "fisher_rows": 40},
     "sar": {"margin": 1.0},
     "deyo": {"margin": 1.0, "drop": -0.5},
+    "sotta": {"confidence": 0.0, "capacity": 6, "interval": 5},
+    "note": {"capacity": 6, "interval": 5},
     "t3a": {"supports": 2},
     "adanpc": {"capacity": 20, "neighbours": 3, "confidence": 0.0},
 }
