@@ -17,6 +17,8 @@ NAMES = (
     "rotta",
     "join_memory",
     "flat_memory",
+    "kafka",
+    "recovery",
 )
 
 

@@ -1,0 +1,87 @@
+"""Time from a record's place in the broker's log to its answer's, while records come at a fixed rate."""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.kafka_arena import PARTITIONS, PATIENCE, Records, running
+
+if TYPE_CHECKING:
+    from benchmarks.kafka import Bench
+
+TARGET_P99_MS = 50.0
+WARM_SHARE = 0.25
+"""Share of the records, from the first, that are not counted."""
+PIECE_SECONDS = 0.002
+
+
+def latency(bench: Bench, name: str, form: str, rate: float) -> dict[str, Any]:
+    """Milliseconds from append to answer, by the broker's stamps of a millisecond each."""
+    arena, count = bench.arena, int(rate * bench.options.seconds)
+    data, answers = arena.topic("live"), arena.topic("live-answers")
+    client = name.rpartition("/")[2]
+    policy = bench.policy(client, form, data, answers, {})
+    daemon = running([sys.executable, "-m", "engine.cli", "run", str(policy)], bench.directory / "log.txt")
+    with daemon as process:
+        produce(arena.bootstrap, data, form, 1, rate)
+        arena.wait(answers, 1, lambda: process.poll() is None, PATIENCE)
+        command = [sys.executable, "-m", "benchmarks.kafka_latency", arena.bootstrap, data, form, str(count), str(rate)]
+        started = time.monotonic()
+        subprocess.run(command, check=True)
+        spent = time.monotonic() - started
+        arena.wait(answers, count, lambda: process.poll() is None, PATIENCE)
+    written, answered = arena.times(data), arena.times(answers)
+    waits = sorted(1e3 * (answered[key] - at) for key, at in list(written.items()) if key in counted(count))
+    arena.drop(data)
+    arena.drop(answers)
+    return {
+        "records_per_second": round(count / spent),
+        "wanted_records_per_second": round(rate),
+        "p50_ms": round(statistics.median(waits), 1),
+        "p99_ms": round(waits[int(0.99 * len(waits))], 1),
+        "p999_ms": round(waits[int(0.999 * len(waits))], 1),
+        "max_ms": round(waits[-1], 1),
+        "reaches_target": waits[int(0.99 * len(waits))] < TARGET_P99_MS,
+    }
+
+
+def counted(count: int) -> frozenset[bytes]:
+    """Keys of the records that count."""
+    return frozenset(b"event-%07d" % number for number in range(int(WARM_SHARE * count), count))
+
+
+def produce(bootstrap: str, topic: str, form: str, count: int, rate: float) -> None:
+    """Append records at a rate, in small pieces; what is late is made up for."""
+    records = Records(form)
+    made = [records.data(number) for number in range(count)]
+    send, flush = producer(bootstrap)
+    started, sent = time.monotonic(), 0
+    while sent < count:
+        due = min(count, int((time.monotonic() - started) * rate) + 1)
+        for number in range(sent, due):
+            key, value = made[number]
+            send(topic, value, key, number // 8 % PARTITIONS)
+        sent = due
+        time.sleep(PIECE_SECONDS)
+    flush()
+
+
+def producer(bootstrap: str) -> tuple[Any, Any]:
+    """Functions that send and flush, of the cheapest client there is: the writer must not be what is measured."""
+    try:
+        from confluent_kafka import Producer
+    except ImportError:
+        from kafka import KafkaProducer
+
+        slow: Any = KafkaProducer(bootstrap_servers=bootstrap, linger_ms=1)
+        return lambda topic, value, key, partition: slow.send(topic, value, key, partition=partition), slow.flush
+    fast = Producer({"bootstrap.servers": bootstrap, "linger.ms": 1})
+    return fast.produce, fast.flush
+
+
+if __name__ == "__main__":
+    produce(sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]), float(sys.argv[5]))
