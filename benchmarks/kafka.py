@@ -65,7 +65,7 @@ streams:
   data: {{kafka: {data}}}
 {feedback}
   predictions: {{kafka: {answers}, format: {form}}}
-batching: {{max_size: 64}}
+batching: {{max_size: 512}}
 join: {{mode: {join}}}
 adaptation: {{method: {adaptation}}}
 learning: {{enabled: {learning}}}
@@ -179,7 +179,7 @@ def cpu(process: psutil.Process) -> float:
 def missing(bench: Bench) -> dict[str, str]:
     """Contestants that cannot take part, and why."""
     found: dict[str, str] = {}
-    probe = bench.policy("confluent", FORMS[0], "data", "answers", {})
+    probe = bench.policy("confluent", bench.options.forms[0], "data", "answers", {})
     checked = subprocess.run(
         [sys.executable, "-m", "engine.cli", "validate", str(probe)], capture_output=True, text=True, check=False
     )

@@ -14,6 +14,7 @@ import numpy as np
 
 from streams import codec_binary, codec_json
 from streams.base import Message, Record
+from streams.codec_alike import decode_together
 from streams.codec_binary import MAGIC, encode_events
 from streams.codec_types import (
     MAX_BYTES,
@@ -59,7 +60,7 @@ def _check_size(value: bytes, max_bytes: int) -> None:
 
 
 def decode_events(
-    records: Iterable[Record], spec: InputSpec, *, max_bytes: int = MAX_BYTES
+    records: Sequence[Record], spec: InputSpec, *, max_bytes: int = MAX_BYTES
 ) -> tuple[list[Event], Refused]:
     """Decode data records, each in its own form.
 
@@ -72,6 +73,9 @@ def decode_events(
         The events in order, and the records that are none, each with what is wrong.
     """
     layout = codec_binary.layout_of(spec)
+    together = decode_together(records, layout, max_bytes)
+    if together is not None:
+        return together, []
     events: list[Event] = []
     refused: Refused = []
     for record in records:
@@ -204,7 +208,7 @@ def encode_predictions(
     Returns:
         One message for each event in order: key is the event id, header ``adaptd-id`` is ``stream-partition-offset``.
     """
-    record_ids = [b"%s-%d-%d" % (stream.encode(), part, offset) for stream, part, offset, *_ in records]
+    record_ids = [f"{record[0]}-{record[1]}-{record[2]}".encode() for record in records]
     encode = codec_binary.encode_predictions if form == "binary" else codec_json.encode_predictions
     return encode(ids, labels.tolist(), probabilities, times, record_ids=record_ids, release=release, step=step)
 

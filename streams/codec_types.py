@@ -102,6 +102,11 @@ class InputSpec:
             raise ValueError(f"sizes of inputs must be positive, not {list(self.shape)}")
 
     @cached_property
+    def name(self) -> str:
+        """Name of the dtype; numpy works it out anew each time."""
+        return self.dtype.name
+
+    @cached_property
     def count(self) -> int:
         """Elements of one event."""
         return math.prod(self.shape)
