@@ -6,6 +6,7 @@ import re
 import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,12 +21,15 @@ from engine.methods import Choice, Methods
 from engine.policy import Endpoint, Learning, Policy
 from policies.interfaces import PolicyError
 from policies.norm import NormSelection
-from streams.base import Sink, Source
+from streams.base import Sink, Source, Transactions
 from streams.codec import InputSpec
 from streams.files import FileSink, FileSource
 from streams.join import JoinStore
 from streams.journal import Kind
 from streams.kafka_settings import KafkaSettings
+
+if TYPE_CHECKING:
+    from streams.kafka_sink import KafkaClient
 
 
 def build_core(policy: Policy, model: nn.Module, *, background: bool, directory: Path | None) -> Core:
@@ -172,10 +176,45 @@ def stream_name(kind: Kind, endpoint: Endpoint) -> str:
     return endpoint.kafka if endpoint.kafka is not None else kind.name.lower()
 
 
+def build_delivery(
+    policy: Policy, sources: Iterable[tuple[Source, object]], resolve: Callable[[Path], Path], state: Path
+) -> tuple[Sink | None, Sink | None, Transactions | None]:
+    """The sinks of answers and of dead letters, and what commits both with the offsets of the sources."""
+    assert policy.streams is not None
+    predictions, letters = policy.streams.predictions, policy.streams.dead_letters
+    transactions, client = _transactions(policy, sources, state) if policy.delivery == "exactly_once" else (None, None)
+    return (
+        build_sink(policy, predictions, resolve, letters=False, client=client),
+        build_sink(policy, letters, resolve, letters=True, client=client),
+        transactions,
+    )
+
+
+def _transactions(
+    policy: Policy, sources: Iterable[tuple[Source, object]], state: Path
+) -> tuple[Transactions, KafkaClient]:
+    from streams.kafka import KafkaClient, KafkaSource
+    from streams.kafka_transactions import KafkaTransactions
+
+    assert policy.streams is not None
+    settings = policy.streams.kafka
+    assert settings is not None
+    assert settings.group is not None
+    source = next(source for source, _ in sources if isinstance(source, KafkaSource))
+    member = _member_of(state)
+    client = KafkaClient(settings, transactional_id=f"{settings.group}-{member}")
+    return KafkaTransactions(client, settings.group, member, source.group_metadata, source.streams), client
+
+
 def build_sink(
-    policy: Policy, endpoint: Endpoint | None, resolve: Callable[[Path], Path], *, letters: bool
+    policy: Policy,
+    endpoint: Endpoint | None,
+    resolve: Callable[[Path], Path],
+    *,
+    letters: bool,
+    client: KafkaClient | None = None,
 ) -> Sink | None:
-    """The sink of an endpoint."""
+    """The sink of an endpoint; topics are written through ``client``, or each through one of its own."""
     if endpoint is None:
         return None
     if endpoint.file is not None:
@@ -186,4 +225,4 @@ def build_sink(
     assert policy.streams.kafka is not None
     assert endpoint.kafka is not None
     # The writer tries again for as long as it takes; in between it says what it waits for.
-    return KafkaSink(endpoint.kafka, policy.streams.kafka, send_timeout=2.0)
+    return KafkaSink(endpoint.kafka, policy.streams.kafka, client=client, send_timeout=2.0)

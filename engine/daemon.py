@@ -6,6 +6,7 @@ checkpoints. The event loop decides what happens next and never computes.
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import time
@@ -145,7 +146,7 @@ class Daemon:
         """Open sinks and sources, with backoff for a minute; whatever is open is closed again if that fails."""
         try:
             await self._patiently(self.writer.open)
-            answered: Positions = {}
+            answered: Positions = dict(self.writer.answered)
             for reader in self.readers:
                 await self._patiently(reader.open)
                 self.cutter.assigned(reader.partitions)
@@ -301,14 +302,14 @@ class Daemon:
         await self.on_model(self.core.make_job)
         self._launch()
 
-    async def flush(self) -> None:
+    async def flush(self, limit: float = math.inf) -> None:
         """Return once every answer so far is out, and at once where draining has seen to that.
 
         Raises:
-            StreamUnavailableError: The writer ended before.
+            StreamUnavailableError: The writer ended before, or ``limit`` seconds have passed.
         """
         if not self._drained:
-            await self._thread(self.writer.wait_flushed)
+            await self._thread(self.writer.wait_flushed, limit)
 
     # -- checkpoints --------------------------------------------------------------------------------------------
 
@@ -370,6 +371,7 @@ class Daemon:
             if not self._stopping:
                 await self.on_model(self.runner.finish)
             await self._checkpoint(wait=True)
+            await self.flush()  # transactions are committed as a member of the group, which the readers leave
             self._drained = True
         await self._thread(self.writer.stop)
         for reader in self.readers:

@@ -13,10 +13,13 @@ from typing import TYPE_CHECKING
 import structlog
 
 from engine.writer import Outgoing
-from streams.base import Partition, Positions
+from streams.base import Partition, Positions, StreamUnavailableError
 
 if TYPE_CHECKING:
     from engine.daemon import Daemon
+
+HANDOVER_SECONDS = 30.0
+"""Time that a last commit of partitions that go may take."""
 
 log = structlog.get_logger("adaptd")
 
@@ -74,16 +77,38 @@ class Handover:
             StreamUnavailableError: The writer ended before everything was out.
         """
         daemon = self._daemon
+        if lost:
+            daemon.writer.lose(partitions)
         async with daemon.turn:
             daemon.cutter.revoked(partitions)
-            if not lost:
-                await daemon.flush()
+            if not lost and not await self._flushed():
+                lost = True
+                daemon.writer.lose(partitions)
             gone = {p: daemon.runner.positions.pop(p) for p in partitions if p in daemon.runner.positions}
-            daemon.writer.put(Outgoing(gone=partitions))
+            daemon.writer.put(Outgoing(gone=partitions, lost=lost))
             daemon.metrics.revoked(partitions)
             if daemon.cutter.awaited() & set(partitions):
                 await self.abandon_replay("its partitions were given to others")
             else:
                 await daemon.settle()
         log.info("partitions_lost" if lost else "partitions_revoked", partitions=len(partitions))
-        return {} if lost else gone
+        return {} if lost or daemon.writer.transactional else gone
+
+    async def _flushed(self) -> bool:
+        """Have everything answered so far written; False where transactions cannot be committed any more.
+
+        The group may have given the partitions away meanwhile. Then nothing of that is visible to anybody, and whoever
+        reads them now answers it.
+
+        Raises:
+            StreamUnavailableError: The writer ended before everything was out.
+        """
+        if not self._daemon.writer.transactional:
+            await self._daemon.flush()
+            return True
+        try:
+            await self._daemon.flush(HANDOVER_SECONDS)
+        except StreamUnavailableError as error:
+            log.warning("partitions_not_committed", error=str(error))
+            return False
+        return True

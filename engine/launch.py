@@ -6,7 +6,7 @@ import logging
 import math
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import structlog
 import kernels
 from engine.admin import Admin, bind
 from engine.allocator import keep_freed_memory
-from engine.build import build_core, build_sink, build_sources, spec_of
+from engine.build import build_core, build_delivery, build_sources, spec_of
 from engine.checkpoint.disk import LocalDisk
 from engine.checkpoint.store import CheckpointStore
 from engine.collector import rare_collections
@@ -35,7 +35,7 @@ from engine.policyfile import LoadedPolicy
 from engine.reader import Reader
 from engine.runner import Runner
 from engine.writer import Writer
-from streams.base import Positions
+from streams.base import Positions, Source
 from streams.journal import Entry, Journal, Kind
 
 log = structlog.get_logger("adaptd")
@@ -154,7 +154,7 @@ def _daemon(
     sources = build_sources(policy, loaded.resolve, keeper.store.directory)
     kinds = {stream: kind for _, carried in sources for stream, kind in carried.items()}
     readers: list[Reader] = []
-    writer = _writer(loaded, metrics, readers)
+    writer = _writer(loaded, metrics, readers, sources, keeper.store.directory)
     daemon = Daemon(
         runner=Runner(core, keeper, writer, metrics, positions),
         cutter=_cutter(policy, kinds, entries),
@@ -179,10 +179,17 @@ def _daemon(
     return daemon
 
 
-def _writer(loaded: LoadedPolicy, metrics: Metrics, readers: list[Reader]) -> Writer:
-    """The writer, which has what is answered committed by the reader that it came from."""
+def _writer(
+    loaded: LoadedPolicy,
+    metrics: Metrics,
+    readers: list[Reader],
+    sources: Sequence[tuple[Source, object]],
+    state: Path,
+) -> Writer:
+    """The writer, which has what is answered committed by its transactions, or by the reader that it came from."""
     streams = loaded.policy.streams
     assert streams is not None
+    predictions, letters, transactions = build_delivery(loaded.policy, sources, loaded.resolve, state)
 
     def flushed(reached: Positions) -> None:
         for reader in readers:
@@ -190,11 +197,12 @@ def _writer(loaded: LoadedPolicy, metrics: Metrics, readers: list[Reader]) -> Wr
             reader.commit(own)
 
     return Writer(
-        build_sink(loaded.policy, streams.predictions, loaded.resolve, letters=False),
-        build_sink(loaded.policy, streams.dead_letters, loaded.resolve, letters=True),
+        predictions,
+        letters,
         form=streams.predictions.format,
         flushed=flushed,
         metrics=metrics,
+        transactions=transactions,
     )
 
 

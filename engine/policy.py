@@ -28,12 +28,6 @@ def _regular_expression(pattern: str) -> str:
     return pattern
 
 
-def _available(delivery: str) -> str:
-    if delivery == "exactly_once":
-        raise ValueError("'exactly_once' is not available yet; write 'at_least_once' and let readers deduplicate by id")
-    return delivery
-
-
 def _no_adaptation() -> AdaptationSpec:
     return AdaptationSpec.model_validate({"method": "none"})
 
@@ -256,8 +250,9 @@ class Policy(Section):
     model: Model
     streams: Streams | None = None
     """Without it the policy serves for ``adaptd backtest`` alone."""
-    delivery: Annotated[Literal["at_least_once", "exactly_once"], AfterValidator(_available)] = "at_least_once"
-    """What readers of the answers may rely on; ``exactly_once`` is not available yet."""
+    delivery: Literal["at_least_once", "exactly_once"] = "at_least_once"
+    """What readers of the answers may rely on: after a crash some answers come again with the same id, or, with
+    ``exactly_once``, readers of committed records see each once. That needs Kafka for every stream, and a group."""
     order: Literal["arrival", "time"] | None = None
     """Order of records of different streams: as they arrive, or merged by event time, the same in every run.
     None means ``time`` where every stream is a file read to its end, and else ``arrival``."""

@@ -83,6 +83,30 @@ def _order(policy: Policy) -> Iterator[Problem]:
     )
 
 
+def _delivery(policy: Policy) -> Iterator[Problem]:
+    """Answers and offsets are in one transaction only where both are in Kafka."""
+    if policy.delivery != "exactly_once" or policy.streams is None:
+        return
+    for name, endpoint in policy.streams.endpoints():
+        if endpoint.file is not None:
+            yield Problem(
+                ("streams", name),
+                "is a file, which no transaction holds; delivery: exactly_once needs a Kafka topic here, or write "
+                "'at_least_once' and let readers deduplicate by id",
+            )
+    kafka = policy.streams.kafka
+    if kafka is not None and kafka.group is None:
+        yield Problem(
+            ("delivery",), "'exactly_once' commits offsets together with answers; name the group in streams.kafka.group"
+        )
+    if kafka is not None and kafka.isolation_level != "read_committed":
+        yield Problem(
+            ("streams", "kafka", "isolation_level"),
+            "reads what transactions may still take back; delivery: exactly_once needs read_committed, which is the "
+            "default",
+        )
+
+
 def _feedback(policy: Policy) -> Iterator[Problem]:
     if policy.streams is None or policy.streams.feedback is not None:
         return
@@ -154,6 +178,7 @@ CHECKS: Final[tuple[Callable[[Policy], Iterator[Problem]], ...]] = (
     _files,
     _loops,
     _order,
+    _delivery,
     _feedback,
     _releases,
     _methods,

@@ -1,12 +1,14 @@
 """The writer: one thread that owns the sinks, encodes answers and dead letters, and flushes them.
 
 What is in its queue is bounded; a slow sink makes the engine wait and, in turn, the readers pause. Positions are passed
-on only after everything before them has been flushed, so committed offsets never run ahead of answers.
+on only after everything before them has been flushed, so committed offsets never run ahead of answers. With
+transactions (`engine.outbox`) they are committed together with the answers instead.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import queue
 import threading
 import time
@@ -19,11 +21,23 @@ import structlog
 from engine.core import Answers
 from engine.cutter import Bad
 from engine.metrics import Metrics
-from streams.base import Message, Partition, Positions, Record, Sink, StreamError, StreamUnavailableError
+from engine.outbox import Outbox
+from streams.base import (
+    Message,
+    Partition,
+    Positions,
+    Record,
+    Sink,
+    StreamError,
+    StreamUnavailableError,
+    Transactions,
+)
 from streams.codec import Form, dead_letter, encode_predictions
 
 QUEUE_BATCHES = 32
 FLUSH_SECONDS = 0.05
+TRANSACTION_SECONDS = 0.1
+"""Time between two commits of transactions."""
 FLUSH_TIMEOUT_SECONDS = 2.0
 """Time after which a flush is begun anew, and told to be waited for."""
 BACKOFF_SECONDS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
@@ -43,6 +57,10 @@ class Outgoing:
     positions: Positions = field(default_factory=dict)
     barrier: threading.Event | None = None
     gone: Sequence[Partition] = ()
+    lost: bool = False
+    """Whether ``gone`` were somebody else's before this was put; `Writer.lose` has been told."""
+    floors: Mapping[Partition, int] | None = None
+    """See `streams.base.Found.floor`."""
 
 
 class _AbortedError(Exception):
@@ -56,8 +74,9 @@ class Writer:
         predictions: Where answers go.
         dead_letters: Where records that cannot be decoded go; without it they are counted and dropped.
         form: The form of answers.
-        flushed: Called on the writer's thread with positions that are safe to commit.
+        flushed: Called on the writer's thread with positions that are safe to commit; not with transactions.
         metrics: Where to count.
+        transactions: What commits positions together with what is written; without it each is written by itself.
 
     Attributes:
         answered: Positions whose answers are out already: records before them are not answered again.
@@ -73,6 +92,7 @@ class Writer:
         form: Form,
         flushed: Callable[[Positions], object],
         metrics: Metrics,
+        transactions: Transactions | None = None,
     ) -> None:
         self._predictions = predictions
         self._dead_letters = dead_letters
@@ -83,6 +103,10 @@ class Writer:
         self._positions: Positions = {}
         self._dirty = False
         self._abort = threading.Event()
+        self._sinks = [sink for sink in (predictions, dead_letters) if sink is not None]
+        self._transactions = transactions
+        self._outbox = None if transactions is None else Outbox(transactions, self._sinks, self._retry)
+        self._interval = FLUSH_SECONDS if transactions is None else TRANSACTION_SECONDS
         self.answered: Mapping[Partition, int] = {}
         self.waiting_for = ""
         self.sent = 0
@@ -93,10 +117,27 @@ class Writer:
         return self._queue.qsize()
 
     def open(self) -> None:
-        """Open the sinks; may be called again where one was unavailable. Raises as `Sink.open` does."""
-        for sink in (self._predictions, self._dead_letters):
-            if sink is not None:
-                sink.open()
+        """Open the sinks; may be called again where one was unavailable. Raises as `Sink.open` does.
+
+        With transactions, what an earlier life left open is ended first, and `answered` is what is committed then.
+        """
+        if self._transactions is not None:
+            self.answered = self._transactions.open()
+        for sink in self._sinks:
+            sink.open()
+
+    @property
+    def transactional(self) -> bool:
+        """Whether positions are committed by transactions, and by nobody else."""
+        return self._outbox is not None
+
+    def lose(self, partitions: Sequence[Partition]) -> None:
+        """Write nothing more of partitions that are somebody else's already; to be called before `Outgoing.gone`.
+
+        Without transactions nothing is done: what is under way is written, and may be written by others as well.
+        """
+        if self._outbox is not None:
+            self._outbox.lose(partitions)
 
     def put(self, item: Outgoing | None) -> None:
         """Queue what a cut gives, from any thread; blocks while the queue is full, and drops it after `abort`."""
@@ -105,15 +146,18 @@ class Writer:
                 self._queue.put(item, timeout=0.5)
                 return
 
-    def wait_flushed(self) -> None:
-        """Block until everything put before is flushed.
+    def wait_flushed(self, limit: float = math.inf) -> None:
+        """Block until everything put before is flushed, with transactions also committed.
 
         Raises:
-            StreamUnavailableError: If the writer ended before that.
+            StreamUnavailableError: If the writer ended before that, or ``limit`` seconds have passed.
         """
         event = threading.Event()
         self.put(Outgoing(barrier=event))
+        deadline = time.monotonic() + limit
         while not event.wait(0.2):
+            if time.monotonic() > deadline:
+                raise StreamUnavailableError(f"not everything was written within {limit:g} s: {self.waiting_for}")
             if self._abort.is_set() and not event.is_set():
                 raise StreamUnavailableError("the sinks were closed before everything was written")
 
@@ -145,7 +189,7 @@ class Writer:
                 if item is not None:
                     self._write(item)
                 now = time.monotonic()
-                if item is None or item.barrier is not None or now - last_flush >= FLUSH_SECONDS:
+                if item is None or item.barrier is not None or now - last_flush >= self._interval or self._full:
                     self._flush()
                     last_flush = now
                 if item is None:
@@ -158,29 +202,50 @@ class Writer:
 
     def close(self) -> None:
         """Close the sinks; `run` ends with that."""
-        for sink in (self._predictions, self._dead_letters):
-            if sink is not None:
-                sink.close()
+        for sink in self._sinks:
+            sink.close()
+        if self._transactions is not None:
+            self._transactions.close()
+
+    @property
+    def _full(self) -> bool:
+        return self._outbox is not None and self._outbox.full
 
     def _write(self, item: Outgoing) -> None:
         started = time.perf_counter()
         if item.answers is not None and self._predictions is not None:
-            messages = self._encode(item.answers)
+            messages, records = self._encode(item.answers)
             if messages:
-                self._send(self._predictions, messages)
+                self._send(self._predictions, messages, records)
                 self.sent += len(messages)
                 self._metrics.records_out(self._predictions.name, len(messages))
         for bad in item.bad:
             self._bury(bad)
         if item.positions:
-            self._positions.update(item.positions)
+            self._reach(item)
             self._dirty = True
             self._metrics.stage("send", time.perf_counter() - started)
+        if item.gone:
+            self._forget(item)
+
+    def _reach(self, item: Outgoing) -> None:
+        if self._outbox is None:
+            self._positions.update(item.positions)
+        else:
+            answered = self.answered
+            ahead = {p: at for p, at in item.positions.items() if at > answered.get(p, 0)}
+            self._outbox.reach(ahead, item.floors)
+
+    def _forget(self, item: Outgoing) -> None:
         for partition in item.gone:
             self._positions.pop(partition, None)
+        if self._outbox is not None:
+            self._outbox.forget(item.gone)
+            if item.lost:
+                self._outbox.found(item.gone)
 
-    def _encode(self, answers: Answers) -> list[Message]:
-        """Messages for the rows that were not answered before."""
+    def _encode(self, answers: Answers) -> tuple[list[Message], list[Record]]:
+        """Messages for the rows that were not answered before, and their records."""
         events, labels, probabilities = answers.events, answers.labels, answers.probabilities
         if self.answered:
             done = self.answered
@@ -191,16 +256,18 @@ class Writer:
                 events = [events[i] for i in rows]
                 chosen = np.array(rows, dtype=np.int64)
                 labels, probabilities = labels[chosen], probabilities[chosen]
-        return encode_predictions(
+        records = [event.record for event in events]
+        messages = encode_predictions(
             [event.id for event in events],
             labels,
             probabilities,
             [event.time for event in events],
-            records=[event.record for event in events],
+            records=records,
             release=answers.release,
             step=answers.step,
             form=self._form,
         )
+        return messages, records
 
     def _bury(self, bad: Bad) -> None:
         record = bad.record
@@ -219,26 +286,32 @@ class Writer:
         The record did fit into its own stream, and the headers of a dead letter may be what is too much.
         """
         try:
-            self._send(sink, [letter])
+            self._send(sink, [letter], [record])
         except StreamError as error:
             log.error("dead_letter_without_value", record=record.id, bytes=len(letter.value), error=str(error))
             omitted = ("__adaptd.errors.omitted", b"%d" % len(letter.value))
-            self._send(sink, [Message(letter.key, b"", (*letter.headers, omitted))])
+            self._send(sink, [Message(letter.key, b"", (*letter.headers, omitted))], [record])
 
-    def _send(self, sink: Sink, messages: Sequence[Message]) -> None:
-        self._retry(sink, lambda: sink.send(messages))
+    def _send(self, sink: Sink, messages: Sequence[Message], records: Sequence[Record]) -> None:
+        if self._outbox is None:
+            self._retry(sink.name, lambda: sink.send(messages))
+        else:
+            self._outbox.send(sink, messages, records)
 
     def _flush(self) -> None:
         if not self._dirty:
             return
-        for sink in (self._predictions, self._dead_letters):
-            if sink is not None:
-                self._retry(sink, lambda sink=sink: sink.flush(FLUSH_TIMEOUT_SECONDS))  # type: ignore[misc]
+        if self._outbox is not None:
+            self._outbox.commit()
+            self._dirty = False
+            return
+        for sink in self._sinks:
+            self._retry(sink.name, lambda sink=sink: sink.flush(FLUSH_TIMEOUT_SECONDS))  # type: ignore[misc]
         self._dirty = False
         answered = self.answered  # what is repeated from the journal must not take committed offsets back
         self._flushed({p: at for p, at in self._positions.items() if at > answered.get(p, 0)})
 
-    def _retry(self, sink: Sink, action: Callable[[], None]) -> None:
+    def _retry(self, name: str, action: Callable[[], None]) -> None:
         """Do it, with backoff for as long as the other side does not answer.
 
         Raises:
@@ -251,7 +324,7 @@ class Writer:
             try:
                 action()
             except StreamUnavailableError as error:
-                self.waiting_for = f"{sink.name}: {error}"
+                self.waiting_for = f"{name}: {error}"
                 self._abort.wait(BACKOFF_SECONDS[min(attempt, len(BACKOFF_SECONDS) - 1)])
                 attempt += 1
             else:

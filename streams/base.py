@@ -227,3 +227,7 @@ class Transactions(Protocol):
         What was sent behind them is gone and is to be sent again. Raises as `open` does.
         """
         ...
+
+    def close(self) -> None:
+        """Leave; what is not committed never becomes visible. Safe to call twice and before `open`."""
+        ...

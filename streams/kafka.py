@@ -235,6 +235,11 @@ class KafkaSource:
         """The ids that the cluster gave the topics when they were made; known once open."""
         return dict(self._identities)
 
+    def group_metadata(self) -> Any:
+        """This member as the group knows it, for offsets in a transaction; None while closed. From any thread."""
+        consumer = self._consumer
+        return None if consumer is None else consumer.group_metadata()
+
     def lag(self) -> dict[Partition, int]:
         """Records between the position of `poll` and the end of each partition as of its last fetch."""
         consumer = self._consumer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import deque
@@ -21,6 +22,19 @@ _RECORD_OVERHEAD = 128
 """Bytes that a record and its batch may cost beside key, value and headers."""
 
 _TOO_LARGE = (errors.MessageSizeTooLargeError, errors.RecordListTooLargeError)
+
+_FINAL = (
+    errors.AuthorizationError,
+    errors.SaslAuthenticationFailedError,
+    errors.UnsupportedVersionError,
+    errors.UnsupportedForMessageFormatError,
+    errors.InvalidTransactionTimeoutError,
+)
+"""What no new transaction gets over."""
+
+_TRANSACTION_TIMEOUTS = 1.5
+"""Time that a broker leaves a transaction open whose process is gone, in ``settings.timeout``. Whoever takes its
+partitions over waits for that; and no call of ours waits longer."""
 
 _hash = lru_cache(maxsize=16_384)(murmur2)
 
@@ -52,10 +66,18 @@ class KafkaClient:
     """One `KafkaProducer` for all sinks of a process: one connection per broker, batches shared.
 
     The producer is made by the first `acquire` and closed by the last `release`; both may come from any thread.
+    With a ``transactional_id`` it is replaced by `renew` whenever a transaction has failed.
     """
 
-    def __init__(self, settings: KafkaSettings) -> None:
+    def __init__(self, settings: KafkaSettings, *, transactional_id: str | None = None) -> None:
+        """Prepare; nothing is connected before `acquire`.
+
+        Args:
+            settings: How to reach the cluster.
+            transactional_id: The name under which transactions are made; none makes none.
+        """
         self.settings = settings
+        self.transactional_id = transactional_id
         self._lock = threading.Lock()
         self._users = 0
         self._producer: Any = None
@@ -69,9 +91,35 @@ class KafkaClient:
         """
         with self._lock:
             if self._producer is None:
-                config = self.settings.producer_config() | {"partitioner": KeyPartitioner()}
-                self._producer = connect(KafkaProducer, config)
+                self._producer = self._connect()
             self._users += 1
+            return self._producer
+
+    def _connect(self) -> Any:
+        config = self.settings.producer_config() | {"partitioner": KeyPartitioner()}
+        if self.transactional_id is not None:
+            config |= {
+                "transactional_id": self.transactional_id,
+                "transaction_timeout_ms": round(_TRANSACTION_TIMEOUTS * 1000 * self.settings.timeout),
+            }
+        return connect(KafkaProducer, config)
+
+    @property
+    def producer(self) -> Any:
+        """The producer of the moment; none before `acquire` and while `renew` has not got through."""
+        return self._producer
+
+    def renew(self) -> Any:
+        """Give the producer up, with everything that it has not written yet, and return a new one.
+
+        Raises:
+            StreamUnavailableError: No broker answers; there is no producer until a later call gets through.
+            StreamError: The cluster refuses us.
+        """
+        with self._lock:
+            producer, self._producer = self._producer, None
+            _abandon(producer)
+            self._producer = self._connect()
             return self._producer
 
     def release(self, timeout: float) -> None:
@@ -81,12 +129,34 @@ class KafkaClient:
             if self._users > 0:
                 return
             producer, self._producer = self._producer, None
-        try:
-            producer.close(timeout=timeout)
-        except errors.KafkaTimeoutError:
-            # `close` gives up at its own flush and leaves the sending thread at work; only the sender can drop batches.
-            producer._sender.force_close()  # noqa: SLF001
-            producer.close(timeout=1)
+        if self.transactional_id is not None:
+            _abandon(producer)  # what is committed is written, and the rest shall not be
+        else:
+            try:
+                producer.close(timeout=timeout)
+            except errors.KafkaTimeoutError:
+                _abandon(producer)
+
+    def failure(self, error: Exception, what: str) -> StreamError:
+        """Return the error to raise for one of the producer.
+
+        One that a transaction died of is told as unavailable, since the transaction can be made again; whether
+        somebody else has taken our place is found out there.
+        """
+        cause = next((part for part in error.args if isinstance(part, errors.KafkaError)), error)
+        if self.transactional_id is None or isinstance(cause, _FINAL):
+            return as_stream_error(cause, what)
+        return StreamUnavailableError(f"{what}: the transaction failed ({explain(cause)})")
+
+
+def _abandon(producer: Any) -> None:
+    """Close a producer without writing what it holds."""
+    if producer is None:
+        return
+    # `close` gives up at its own flush and leaves the sending thread at work; only the sender can drop batches.
+    producer._sender.force_close()  # noqa: SLF001
+    with contextlib.suppress(errors.KafkaTimeoutError):
+        producer.close(timeout=1)
 
 
 class KafkaSink:
@@ -172,7 +242,7 @@ class KafkaSink:
             try:
                 keep((hand_over(topic, value, key, list(headers) if headers else None), size))
             except errors.KafkaError as error:
-                raise as_stream_error(error, f"writing to {topic}") from error
+                raise self._client.failure(error, f"writing to {topic}") from error
 
     def flush(self, timeout: float) -> None:
         """Return once the cluster has confirmed everything sent.
@@ -185,10 +255,15 @@ class KafkaSink:
         self._settle(0, time.monotonic() + timeout)
 
     def close(self) -> None:
-        """Flush for at most ``settings.timeout`` seconds and leave; what is unconfirmed then is given up."""
+        """Flush for at most ``settings.timeout`` seconds and leave; what is unconfirmed then is given up.
+
+        What belongs to a transaction that is not committed is given up at once.
+        """
         producer, self._producer = self._producer, None
         if producer is None:
             return
+        if self._client.transactional_id is not None:
+            self._pending.clear()
         deadline = time.monotonic() + self.settings.timeout
         try:
             self._settle(0, deadline)
@@ -200,7 +275,17 @@ class KafkaSink:
     def _opened(self) -> Any:
         if self._producer is None:
             raise StreamError(f"the sink of topic {self.topic} is not open")
+        if self._client.transactional_id is not None:
+            self._follow(self._client.producer)
         return self._producer
+
+    def _follow(self, producer: Any) -> None:
+        """Use the client's producer of the moment; what one before it held is gone."""
+        if producer is None:
+            raise StreamUnavailableError(f"topic {self.topic}: no broker answers")
+        if producer is not self._producer:
+            self._pending.clear()
+            self._producer = producer
 
     def _make_room(self, count: int) -> None:
         self._settle(max(0, self.max_pending - count), time.monotonic() + self.send_timeout)
@@ -233,8 +318,8 @@ class KafkaSink:
                 f"topic {self.topic} refuses a message of {size} bytes: raise max.message.bytes of the topic"
                 " (message.max.bytes of the broker), or send less"
             )
-        if isinstance(error, errors.AuthorizationError):
-            return as_stream_error(error, f"writing to {self.topic}")
+        if isinstance(error, errors.AuthorizationError) or self._client.transactional_id is not None:
+            return self._client.failure(error, f"writing to {self.topic}")
         return StreamError(f"topic {self.topic} lost a message that was sent: {explain(error)}")
 
     def _too_large(self, size: int, message: Message) -> StreamError:

@@ -9,6 +9,10 @@ from tests.engine.policies import BASE, write
 STREAMS = BASE + "streams:\n"
 FILES = STREAMS + "  data: {file: d.jsonl}\n  predictions: {file: p.jsonl}\n"
 TOPICS = STREAMS + '  kafka: {bootstrap_servers: "localhost:9092"}\n'
+ONCE = (
+    BASE.replace("{", "{{").replace("}", "}}")
+    + 'delivery: exactly_once\nstreams:\n  kafka: {{bootstrap_servers: "localhost:9092", {}}}\n'
+)
 GATED = BASE + "interpolation: {method: linear}\ngate: {method: flips}\n"
 
 YAML = [
@@ -84,7 +88,7 @@ TYPES = [
     ),
     (BASE + "adaptation: {method: tent, lr: true}\n", 5, "adaptation.lr: true is not a number"),
     (BASE + "learning: {include: ['(']}\n", 5, "learning.include.0: '(' is not a regular expression"),
-    (BASE + "delivery: exactly_once\n", 5, "'exactly_once' is not available yet"),
+    (BASE + "delivery: exactly\n", 5, "delivery: 'exactly' is not a choice"),
     (TOPICS + "  data: {kafka: 7}\n  predictions: {kafka: p}\n", 7, "streams.data.kafka: 7 is not what belongs here"),
     (STREAMS + "  kafka: {bootstrap_servers: far.example:9092}\n", 6, "streams.kafka: PLAINTEXT would carry records"),
     (
@@ -107,6 +111,13 @@ COMBINATIONS = [
         "streams.predictions: is the same topic as streams.data",
     ),
     (STREAMS + "  data: {file: d.jsonl}\n  predictions: {file: d.jsonl}\n", 7, "is the same file as streams.data"),
+    (ONCE.format("group: g") + "  data: {kafka: d}\n  predictions: {file: p.rec}\n", 9, "no transaction holds"),
+    (ONCE.format("client_id: c") + "  data: {kafka: d}\n  predictions: {kafka: p}\n", 5, "name the group in streams"),
+    (
+        ONCE.format("group: g, isolation_level: read_uncommitted") + "  data: {kafka: d}\n  predictions: {kafka: p}\n",
+        7,
+        "exactly_once needs read_committed",
+    ),
     (TOPICS + "  data: {kafka: d, follow: true}\n  predictions: {kafka: p}\n", 7, "no effect on a Kafka topic"),
     (TOPICS + "  data: {kafka: d}\n  predictions: {kafka: p}\norder: time\n", 9, "streams.data has no end"),
     (STREAMS + "  data: {file: d.csv}\n  predictions: {file: p.jsonl}\n", 6, "the name ends in .csv"),
