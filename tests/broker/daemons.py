@@ -205,6 +205,13 @@ class Process:
             time.sleep(0.02)
         raise AssertionError(f"not within {limit:g} s; last status {status}; log {self.words}")
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def send(self, sign: signal.Signals) -> None:
+        self._process.send_signal(sign)
+
     def kill(self) -> None:
         """SIGKILL, as the kernel or an operator in a hurry sends it."""
         self._process.send_signal(signal.SIGKILL)

@@ -3,55 +3,216 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import shutil
+import signal
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pytest
+
+from streams.base import Message
 from streams.kafka import KafkaSettings
-from tests.broker.daemons import Daemon, Topics, everything, send, small_events, small_feedback
+from tests.broker.daemons import Daemon, Process, Topics, everything, send, small_events, small_feedback
 from tests.broker.helpers import SinkFactory, TopicFactory
+from tests.broker.node import Node
 
-EXACTLY = "delivery=exactly_once"
+KILLS = int(os.environ.get("ADAPTD_BROKER_KILLS", "3"))
+SEED = int(os.environ.get("ADAPTD_CRASH_SEED", "0"))
+FLAGS = ("delivery=exactly_once", "checkpoint.every=300ms")
+LIMIT = 60.0
+
+SIGNAL = """
+import os, signal
+from {module} import {owner}
+really = {owner}.{call}
+calls = []
+def call(*arguments, **options):
+    calls.append(1)
+    if {after}:
+        really(*arguments, **options)
+    if len(calls) == {nth}:
+        os.kill(os.getpid(), signal.{sign})
+    return None if {after} else really(*arguments, **options)
+{owner}.{call} = call
+"""
+"""A process that ends or stops itself at one call of the client."""
 
 
-def seen(settings: KafkaSettings, topics: Topics) -> Counter[str]:
-    """How often each event is answered, for a reader of committed records."""
-    return Counter(json.loads(record.value)["id"] for record in everything(settings, topics.predictions))
+def at(call: str, nth: int, sign: str = "SIGKILL", *, after: bool = False) -> str:
+    return SIGNAL.format(module="kafka", owner="KafkaProducer", call=call, nth=nth, sign=sign, after=after)
 
 
-def once(settings: KafkaSettings, topics: Topics, count: int) -> bool:
-    """Whether all events are answered; fails where one is answered twice or another is answered."""
-    found = seen(settings, topics)
-    twice = {name: times for name, times in found.items() if times > 1}
-    assert not twice
+def once(settings: KafkaSettings, topics: Topics, count: int, bad: int = 0) -> bool:
+    """Whether all events are answered and all bad records buried; fails where anything comes twice."""
+    found = Counter(json.loads(record.value)["id"] for record in everything(settings, topics.predictions))
+    buried = Counter(record.value for record in everything(settings, topics.dead_letters))
+    assert not {name: times for name, times in (found | buried).items() if times > 1}
     assert found.keys() <= {f"e{n}" for n in range(count)}
-    return len(found) == count
+    return len(found) == count and len(buried) == bad
+
+
+def settle(settings: KafkaSettings, topics: Topics, count: int, life: Process, bad: int = 0) -> None:
+    """Wait until everything is answered once; and see that draining adds nothing."""
+    deadline = time.monotonic() + LIMIT
+    while not once(settings, topics, count, bad):
+        assert time.monotonic() < deadline, life.words
+        assert life.alive, life.words
+        time.sleep(0.2)
+    assert life.terminate() == 0, life.words
+    assert once(settings, topics, count, bad)
+
+
+def stopped(life: Process) -> bool:
+    status = Path(f"/proc/{life.pid}/stat").read_text()
+    return status.rpartition(")")[2].split()[0] == "T"
+
+
+def until(done: Callable[[], bool], life: Process) -> None:
+    deadline = time.monotonic() + LIMIT
+    while not done():
+        assert time.monotonic() < deadline, life.words
+        time.sleep(0.05)
+
+
+Daemons = Callable[..., Daemon]
+
+
+@pytest.fixture
+def daemons(tmp_path: Path, bootstrap: str) -> Iterator[Daemons]:
+    made: list[Daemon] = []
+
+    def make(topics: Topics, name: str = "daemon") -> Daemon:
+        made.append(Daemon(tmp_path / name, topics, bootstrap))
+        return made[-1]
+
+    yield make
+    for daemon in made:
+        daemon.end()
 
 
 def test_a_daemon_that_is_killed_again_and_again_answers_each_event_once(
-    topic: TopicFactory, sink: SinkFactory, settings: KafkaSettings, bootstrap: str, tmp_path: Path
+    topic: TopicFactory, sink: SinkFactory, settings: KafkaSettings, daemons: Daemons
 ) -> None:
     topics = Topics.make(topic, 2)
-    daemon = Daemon(tmp_path / "d", topics, bootstrap)
+    daemon = daemons(topics)
     events, feedback = sink(topics.data), sink(topics.feedback)
-    chance = random.Random(7)
+    chance = random.Random(SEED)
+    count = bad = 0
+    for _ in range(KILLS):
+        life = daemon.start(*FLAGS)
+        send(events, small_events(count, 200))
+        send(events, [Message(b"bad", b"bad %d" % bad)])
+        send(feedback, small_feedback(count, 200))
+        count, bad = count + 200, bad + 1
+        life.until(lambda status: status["state"] in ("serving", "waiting for records"))
+        time.sleep(chance.uniform(0.0, 0.6))
+        life.kill()
+    settle(settings, topics, count, daemon.start(*FLAGS), bad)
+
+
+MOMENTS = [
+    ("begin_transaction", 3, True),
+    ("send_offsets_to_transaction", 3, False),
+    ("send_offsets_to_transaction", 3, True),
+    ("commit_transaction", 3, False),
+    ("commit_transaction", 3, True),
+]
+
+
+def test_a_kill_at_every_step_of_a_transaction_leaves_each_answer_once(
+    topic: TopicFactory, sink: SinkFactory, settings: KafkaSettings, daemons: Daemons
+) -> None:
+    topics = Topics.make(topic)
+    daemon = daemons(topics)
+    events = sink(topics.data)
     count = 0
-    try:
-        for _ in range(6):
-            life = daemon.start(EXACTLY, "checkpoint.every=300ms")
-            send(events, small_events(count, 200))
-            send(feedback, small_feedback(count, 200))
-            count += 200
-            life.until(lambda status: status["state"] in ("serving", "waiting for records"))
-            time.sleep(chance.uniform(0.0, 0.5))
-            life.kill()
-            once(settings, topics, count)
-        last = daemon.start(EXACTLY)
-        deadline = time.monotonic() + 40
-        while not once(settings, topics, count):
-            assert time.monotonic() < deadline, last.words
-        assert last.terminate() == 0
-        assert once(settings, topics, count)
-    finally:
-        daemon.end()
+    for call, nth, after in MOMENTS:
+        life = daemon.start(*FLAGS, before=at(call, nth, after=after))
+        life.until(lambda status: status["state"] != "starting")
+        for _ in range(nth):
+            send(events, small_events(count, 20))
+            count += 20
+            time.sleep(0.3)
+        assert life.wait(LIMIT) == -signal.SIGKILL
+    send(events, [Message(None, b"bad")])
+    settle(settings, topics, count, daemon.start(*FLAGS), bad=1)
+
+
+def test_a_broker_that_is_killed_in_the_middle_of_transactions_costs_no_answer_and_doubles_none(
+    topic: TopicFactory, sink: SinkFactory, settings: KafkaSettings, daemons: Daemons, broker: Node
+) -> None:
+    topics = Topics.make(topic)
+    daemon = daemons(topics)
+    events = sink(topics.data)
+    life = daemon.start(*FLAGS)
+    life.until(lambda status: status["state"] != "starting")
+    count = 0
+    for _ in range(2):
+        send(events, small_events(count, 600))
+        count += 600
+        life.until(lambda status, seen=count: status["events"] > seen - 500)  # type: ignore[misc]
+        broker.kill()
+        broker.start()
+    settle(settings, topics, count, life)
+
+
+def test_of_two_daemons_one_is_killed_and_the_other_goes_on_where_it_was(
+    topic: TopicFactory, sink: SinkFactory, settings: KafkaSettings, daemons: Daemons
+) -> None:
+    topics = Topics.make(topic, 2)
+    events = sink(topics.data)
+    flags = (*FLAGS, "streams.kafka.timeout=2")
+    one, two = daemons(topics, "one").start(*flags), daemons(topics, "two").start(*flags)
+    for life in (one, two):
+        life.until(lambda status: status["state"] == "waiting for records")
+    count = 0
+    for _ in range(5):
+        send(events, small_events(count, 100))
+        count += 100
+        time.sleep(0.3)
+    one.kill()
+    send(events, small_events(count, 100))
+    settle(settings, topics, count + 100, two)
+
+
+def test_a_daemon_that_stood_still_until_its_transaction_expired_goes_on(
+    topic: TopicFactory, sink: SinkFactory, settings: KafkaSettings, daemons: Daemons
+) -> None:
+    topics = Topics.make(topic)
+    events = sink(topics.data)
+    life = daemons(topics).start(*FLAGS, "streams.kafka.timeout=2", before=at("commit_transaction", 2, "SIGSTOP"))
+    life.until(lambda status: status["state"] == "waiting for records")
+    for first in range(0, 150, 50):
+        send(events, small_events(first, 50))
+        time.sleep(0.4)
+    until(lambda: stopped(life), life)
+    time.sleep(14)
+    life.send(signal.SIGCONT)
+    settle(settings, topics, 150, life)
+    assert "transaction_again" in life.words
+
+
+def test_a_zombie_whose_successor_lives_writes_nothing_and_ends_with_a_sentence(
+    topic: TopicFactory, sink: SinkFactory, settings: KafkaSettings, daemons: Daemons, tmp_path: Path
+) -> None:
+    topics = Topics.make(topic)
+    events = sink(topics.data)
+    zombie = daemons(topics, "zombie").start(*FLAGS, before=at("commit_transaction", 3, "SIGSTOP"))
+    zombie.until(lambda status: status["state"] == "waiting for records")
+    for first in range(0, 150, 50):
+        send(events, small_events(first, 50))
+        time.sleep(0.4)
+    until(lambda: stopped(zombie), zombie)
+    heir = daemons(topics, "heir")
+    shutil.copytree(tmp_path / "zombie" / "state", tmp_path / "heir" / "state")
+    successor = heir.start(*FLAGS)
+    until(lambda: once(settings, topics, 150), successor)
+    zombie.send(signal.SIGCONT)
+    assert zombie.wait(LIMIT) == 78
+    assert "its state directory is a copy of this one" in zombie.words
+    send(events, small_events(150, 50))
+    settle(settings, topics, 200, successor)
