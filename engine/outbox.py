@@ -85,19 +85,20 @@ class Outbox:
         Raises:
             StreamError: A message cannot be written; it is not kept.
         """
-        before = len(self._kept)
-        self._kept.extend(
+        fresh = [
             _Kept(sink, message, record)
             for message, record in zip(messages, records, strict=True)
             if not self.lost((record.stream, record.partition))
-        )
+        ]
+        self._kept += fresh
+        self._bytes += _size(fresh)
         try:
             self._retry(sink.name, self._push)
-        except StreamError:
-            if self._sent <= before:
-                del self._kept[before:]
+        except StreamError:  # a sink takes all of its messages or none
+            refused = {id(kept) for kept in fresh}
+            self._kept = [kept for kept in self._kept if id(kept) not in refused]
+            self._bytes = _size(self._kept)
             raise
-        self._bytes += sum(len(message.value) for message in messages)
 
     def reach(self, positions: Mapping[Partition, int], floors: Mapping[Partition, int] | None) -> None:
         """Have positions committed with the next `commit`."""
@@ -189,4 +190,8 @@ class Outbox:
             kept for kept in self._kept if not gone((kept.record.stream, kept.record.partition), kept.record.end)
         ]
         self._positions = {p: at for p, at in self._positions.items() if not gone(p, at)}
-        self._bytes = sum(len(kept.message.value) for kept in self._kept)
+        self._bytes = _size(self._kept)
+
+
+def _size(kept: Sequence[_Kept]) -> int:
+    return sum(len(one.message.value) for one in kept)

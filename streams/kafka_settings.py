@@ -34,7 +34,8 @@ _OURS = {
     "partition_assignment_strategy": "data and feedback meet only under the range assignor",
     "sasl_plain_password": "name a file in sasl_plain_password_file or a variable in sasl_plain_password_env",
     "ssl_password": "name a file in ssl_password_file or a variable in ssl_password_env",
-    "transactional_id": "this producer is idempotent, not transactional",
+    "transaction_timeout_ms": "it follows from timeout, which is set beside extra",
+    "transactional_id": "it is made of the group and of the name that is kept in the state directory",
 }
 """Settings of kafka-python that `extra` may not touch, and why."""
 

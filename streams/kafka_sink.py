@@ -98,6 +98,9 @@ class KafkaClient:
     def _connect(self) -> Any:
         config = self.settings.producer_config() | {"partitioner": KeyPartitioner()}
         if self.transactional_id is not None:
+            # The first message after a commit is refused until the cluster has written down that commit, and asked for
+            # again only after this time, a tenth of a second as a rule.
+            config = {"retry_backoff_ms": 10} | config
             config |= {
                 "transactional_id": self.transactional_id,
                 "transaction_timeout_ms": round(_TRANSACTION_TIMEOUTS * 1000 * self.settings.timeout),

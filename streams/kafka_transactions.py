@@ -58,10 +58,9 @@ class KafkaTransactions:
             StreamUnavailableError: No broker answers, or another member's offsets are about to change; call it again.
             StreamError: The cluster refuses us.
         """
-        if not self._open:
-            self._client.acquire()
-            self._open = True
-        self._start_over()
+        producer = self._client.renew() if self._open else self._client.acquire()
+        self._open = True
+        self._initialise(producer)
         return self._committed(None)
 
     def begin(self) -> None:
@@ -104,7 +103,7 @@ class KafkaTransactions:
             StreamError: Another process has taken our place, or the cluster refuses us.
         """
         self._refuse_if_replaced()
-        self._start_over()
+        self._initialise(self._client.renew())
         positions = self._committed(self._attempted) if self._attempted else {}
         self._attempted = ()
         return positions
@@ -122,8 +121,7 @@ class KafkaTransactions:
             raise StreamUnavailableError("the producer was given up")
         return producer
 
-    def _start_over(self) -> None:
-        producer = self._client.renew()
+    def _initialise(self, producer: Any) -> None:
         self._within(self._client.settings.timeout, producer.init_transactions)
 
     def _refuse_if_replaced(self) -> None:

@@ -12,11 +12,12 @@ from kafka import KafkaAdminClient
 from streams.base import Message, Positions, StreamError, StreamUnavailableError
 from streams.kafka import KafkaClient, KafkaSettings, KafkaSink, KafkaSource
 from streams.kafka_note import read_note
+from streams.kafka_settings import Extra
 from streams.kafka_transactions import KafkaTransactions
 from tests.broker.daemons import everything
 from tests.broker.helpers import Keeper, SinkFactory, TopicFactory, fresh_group, poll_until, write
 
-QUICK = {"heartbeat_interval_ms": 300, "session_timeout_ms": 6000}
+QUICK: dict[str, Extra] = {"heartbeat_interval_ms": 300, "session_timeout_ms": 6000}
 
 
 @dataclass
@@ -71,8 +72,8 @@ def member(place: Place) -> Iterator[Members]:
         keeper = Keeper()
         client = KafkaClient(place.settings, transactional_id=f"{place.group}-{name}")
         transactions = KafkaTransactions(client, place.group, name, source.group_metadata, [place.data])
-        sinks = [KafkaSink(topic, place.settings, client=client) for topic in (place.out, place.letters)]
-        made.append(Member(source, *sinks, transactions))
+        sink, letters = (KafkaSink(topic, place.settings, client=client) for topic in (place.out, place.letters))
+        made.append(Member(source, sink, letters, transactions))
         source.open(keeper)
         if joined:
             poll_until([source], lambda: bool(keeper.owned))

@@ -19,7 +19,7 @@ from engine.metrics import Metrics
 from engine.reader import Reader
 from engine.runner import Runner
 from engine.writer import Writer
-from streams.base import Positions, Sink, Source
+from streams.base import Positions, Sink, Source, Transactions
 from streams.codec import InputSpec, decode_prediction, encode_event, encode_feedback
 from streams.journal import Journal, Kind
 from streams.memory import MemorySink, MemorySource
@@ -53,6 +53,7 @@ def daemon_on(
     by_time: bool = False,
     every: float = 1e9,
     high: int = 1000,
+    transactions: Transactions | None = None,
 ) -> Iterator[Daemon]:
     """A daemon as `engine.launch` puts it together, on a state directory that it holds until the block ends."""
     core = core or make_core(background=not by_time)
@@ -67,7 +68,14 @@ def daemon_on(
             readers[0].commit(reached)
 
         metrics = Metrics(CollectorRegistry())
-        writer = Writer(predictions or MemorySink(), letters, form="json", flushed=flushed, metrics=metrics)
+        writer = Writer(
+            predictions or MemorySink(),
+            letters,
+            form="json",
+            flushed=flushed,
+            metrics=metrics,
+            transactions=transactions,
+        )
         cutter: Cutter = TimeCutter(KINDS, SIZE, entries)
         if not by_time:
             cutter = ArrivalCutter(KINDS, SIZE, entries, max_delay=0.001)

@@ -1,25 +1,28 @@
 from __future__ import annotations
 
 import queue
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import anyio
 import pytest
 
+from engine import handover
 from engine.build import _member_of
 from engine.cutter import ArrivalCutter, ReplayError
 from engine.daemon import Daemon
 from engine.errors import StorageError
 from engine.launch import _start
 from engine.writer import Outgoing
-from streams.base import Assignment, Found, Partition, Positions, Record
+from streams.base import Assignment, Found, Partition, Positions, Record, StreamUnavailableError
 from streams.codec import encode_event
 from streams.journal import Entry, Kind, Run
 from streams.memory import MemorySink, MemorySource
 from tests.engine.cores import rows
 from tests.engine.parts import KINDS, answered, daemon_on, names, run, until
 from tests.engine.test_cutter import DATA, all_of, entries, item, keys
+from tests.engine.test_outbox import Cluster
+from tests.engine.test_outbox import Sink as TransactionalSink
 from tests.engine.test_writer import Harness, answers
 
 ZERO, ONE = ("data", 0), ("data", 1)
@@ -101,6 +104,66 @@ async def test_what_was_answered_of_a_partition_before_it_came_is_not_answered_a
         await run(daemon, then(lambda daemon: events(daemon, 20)))
     assert sorted(answered(sink)) == sorted(set(names(0, 20)) - {"e0", "e2", "e4", "e6"})
     assert source.committed() == {ZERO: 10, ONE: 10}
+
+
+class Missed(Cluster):
+    """Refuses offsets of a partition, as of a member that its group has missed."""
+
+    def __init__(self, partition: Partition) -> None:
+        super().__init__()
+        self._partition = partition
+        self.refusals = 0
+
+    def commit(
+        self, positions: Mapping[Partition, int], floors: Mapping[Partition, int] | None, timeout: float
+    ) -> None:
+        if self._partition in positions:
+            self.refusals += 1
+            self.broken = True
+            raise StreamUnavailableError("not a member of this generation")
+        super().commit(positions, floors, timeout)
+
+
+async def test_with_transactions_nobody_else_commits(tmp_path: Path) -> None:
+    source, cluster = Shared(), Cluster()
+    fill(source, 0, 20)
+    source.move("give", ZERO, ONE)
+    sink = TransactionalSink("predictions", cluster)
+    with daemon_on(tmp_path, source, predictions=sink, transactions=cluster) as daemon:
+        await run(
+            daemon,
+            then(
+                lambda daemon: events(daemon, 20),
+                lambda _: source.move("take", ZERO),
+                lambda daemon: until(lambda: daemon.readers[0].partitions == [ONE] and daemon.writer.depth == 0),
+            ),
+        )
+    assert cluster.committed == {ZERO: 10, ONE: 10}
+    assert len(cluster.visible) == 20
+    assert source.committed() == {}
+
+
+async def test_a_partition_whose_last_commit_does_not_get_through_counts_as_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(handover, "HANDOVER_SECONDS", 0.3)
+    source, cluster = Shared(), Missed(ZERO)
+    fill(source, 0, 20)
+    source.move("give", ZERO, ONE)
+    sink = TransactionalSink("predictions", cluster)
+    with daemon_on(tmp_path, source, predictions=sink, transactions=cluster) as daemon:
+        await run(
+            daemon,
+            then(
+                lambda daemon: events(daemon, 20),
+                lambda _: source.move("take", ZERO),
+                lambda _: until(lambda: cluster.committed),
+            ),
+        )
+    assert cluster.refusals > 0
+    assert cluster.committed == {ONE: 10}
+    assert len(cluster.visible) == 10
+    assert source.committed() == {}
 
 
 async def test_a_partition_that_goes_leaves_its_position_to_the_next_and_no_trace(tmp_path: Path) -> None:

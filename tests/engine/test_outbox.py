@@ -290,17 +290,27 @@ def test_a_dead_letter_that_is_too_large_goes_without_its_value_in_the_same_tran
     assert cluster.committed == {P: 4}
 
 
+def test_a_dead_letter_that_is_too_large_is_told_from_those_that_are_sent_again_with_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cluster = Cluster({("commit", 0): True, ("letters.send", 1): False})
+    items = [letters(0), letters(1), letters(2, size=500), letters(3)]
+    run(writer_on(cluster, largest_letter=100), items, monkeypatch)
+    assert [message.value for _, message in cluster.visible] == [b"\xff", b"\xff", b"", b"\xff"]
+    assert cluster.committed == {P: 4}
+
+
 def test_a_commit_is_due_where_much_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(outbox_module, "MAX_MESSAGES", 5)
     cluster = Cluster()
     writer = writer_on(cluster)
     monkeypatch.setattr(writer, "_interval", float("inf"))
-    writer._write(answers(0, 4))
-    assert not writer._full
-    writer._write(answers(4, 1))
-    assert writer._full
+    found = []
+    for start, count in ((0, 4), (4, 1)):
+        writer._write(answers(start, count))
+        found.append(writer._full)
     writer._flush()
-    assert not writer._full
+    found.append(writer._full)
     monkeypatch.setattr(outbox_module, "MAX_BYTES", 5)
     writer._write(answers(5, 1))
-    assert writer._full
+    assert [*found, writer._full] == [False, True, False, True]
