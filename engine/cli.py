@@ -49,7 +49,7 @@ def run(
 
     loaded = _load(policy, set_)
     configure_logs(loaded.policy.log)
-    run_policy(loaded, fresh=fresh)
+    run_policy(loaded, fresh=fresh, read=lambda: _load(policy, set_))
 
 
 @app.command()

@@ -114,6 +114,10 @@ class Cutter:
             record = item.record
             self._queues[record.stream, record.partition].append(item)
 
+    def resize(self, max_size: int, max_delay: float) -> None:
+        """Cut by other limits from the next batch on; ``max_delay`` in seconds."""
+        self._max_size = max_size
+
     def next(self, now: float) -> Cut | None:
         """The next cut, or None when more records or more time are needed."""
         if self._replay:
@@ -200,6 +204,11 @@ class ArrivalCutter(Cutter):
                 self._lines[kind].extend(items[start:index])
                 self._arrived[kind].append((now, index - start))
                 start = index
+
+    def resize(self, max_size: int, max_delay: float) -> None:
+        """See `Cutter.resize`."""
+        super().resize(max_size, max_delay)
+        self._max_delay = max_delay
 
     def revoked(self, partitions: Iterable[Partition]) -> None:
         """Drop what waits of these partitions; see `Cutter.revoked`."""
@@ -298,7 +307,7 @@ class TimeCutter(Cutter):
         """Move what comes before the head of every other queue into the open batch, until that is full."""
         queue = self._queues[first.stream, first.partition]
         items = self._open[Kind(first.kind)]
-        room = self._max_size - len(items)
+        room = max(0, self._max_size - len(items))  # there may be more than a batch has had room for since `resize`
         limit, wins_ties = following.time, first[1:] < following[1:]
         while room and queue and ((time := queue[0].time) < limit or (wins_ties and time == limit)):
             items.append(queue.popleft())

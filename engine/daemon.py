@@ -18,7 +18,7 @@ import structlog
 from anyio import CapacityLimiter, to_thread
 from anyio.abc import TaskGroup
 
-from engine.core import MAX_DEFERRED
+from engine.core import MAX_DEFERRED, Core
 from engine.cutter import Cut, Cutter, ReplayError
 from engine.errors import RestartError, UnreachableError
 from engine.handover import Handover
@@ -77,7 +77,7 @@ class Daemon:
         self.last_progress = time.monotonic()
         self.saved_at: float | None = None
         """When the last durable checkpoint was made; None before the first one of this process."""
-        self._checkpoint_every = checkpoint_every
+        self.checkpoint_every = checkpoint_every
         self._compute = CapacityLimiter(1)
         self._learning = CapacityLimiter(1)
         self._threads = CapacityLimiter(8)
@@ -292,13 +292,18 @@ class Daemon:
             self._job = None
             await self.on_model(self.runner.done)
 
-    async def settle(self) -> None:
-        """Make a checkpoint, between two background jobs. Called between two batches."""
+    async def settle(self, take: Callable[[], Core] | None = None) -> None:
+        """Make a checkpoint, between two background jobs, and go on with the core that ``take`` then gives.
+
+        Called between two batches.
+        """
         if self._drained:
             return
         self._launch()
         await self._finish_job()
         await self._checkpoint(wait=True)
+        if take is not None:
+            self.core = self.runner.core = await self.on_model(take)
         await self.on_model(self.core.make_job)
         self._launch()
 
@@ -328,7 +333,7 @@ class Daemon:
             if not wait:
                 return
             await self._saving.wait()
-        self._next_checkpoint = time.monotonic() + self._checkpoint_every
+        self._next_checkpoint = time.monotonic() + self.checkpoint_every
         if self.runner.keeper.sequence == self.runner.keeper.saved_step:
             return
         snapshot = await self.on_model(self.runner.snapshot)

@@ -16,8 +16,9 @@ import structlog
 import torch
 from torch import Tensor
 
+from engine.checkpoint.disk import LocalDisk
 from engine.checkpoint.errors import BadCheckpointError
-from engine.checkpoint.folder import Loaded, Saved
+from engine.checkpoint.folder import Loaded, Saved, load_folder, name_of
 from engine.checkpoint.state import snapshot as copy_states
 from engine.checkpoint.store import CheckpointStore
 from engine.core import Core
@@ -123,6 +124,23 @@ class Keeper:
         _set_random(policy["random"])
         with loaded.open("join.bin") as file:
             core.joins.restore(file)
+
+    def hand_on(self, core: Core, digest: str) -> None:
+        """Give a new core what the checkpoint just made holds, and go on under its policy. No batch came since.
+
+        Args:
+            core: Of another policy, on the same model.
+            digest: Of this policy.
+
+        Raises:
+            StorageError: The checkpoint cannot be read back, or holds another model.
+        """
+        assert self.saved_step is not None
+        assert self.saved_step == self.sequence
+        loaded = load_folder(LocalDisk(), self.store.directory / name_of(self.saved_step))
+        self._fits(loaded, core)
+        self._apply(loaded, core)
+        self._digest = digest
 
     def snapshot(self, core: Core, positions: Positions) -> Snapshot:
         """Copy the state of this instant, which lies between two batches, and begin a new segment of the journal."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import shutil
 import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -33,15 +34,13 @@ from engine.metrics import Metrics
 from engine.policy import Log, Policy
 from engine.policyfile import LoadedPolicy
 from engine.reader import Reader
+from engine.reload import HIGH_BATCHES, Reloader
 from engine.runner import Runner
 from engine.writer import Writer
 from streams.base import Positions, Source
 from streams.journal import Entry, Journal, Kind
 
 log = structlog.get_logger("adaptd")
-
-HIGH_BATCHES = 16
-"""Full batches of one stream that may wait before the stream is paused."""
 
 REPEAT_SECONDS = 60.0
 """Time after which a library's message is written again."""
@@ -118,8 +117,9 @@ def assemble(loaded: LoadedPolicy, metrics: Metrics, store: CheckpointStore) -> 
     """
     policy = loaded.policy
     store.sweep()
-    background = policy.learning.mode == "background" and not policy.by_time
-    core = core_of(loaded, background=background, directory=store.directory / "spill")
+    for left in store.directory.glob("spill*"):
+        shutil.rmtree(left, ignore_errors=True)
+    core = core_of(loaded, background=policy.in_background, directory=store.directory / "spill-0")
     keeper = Keeper(store, Journal(store.directory), loaded.digest)
     try:
         positions, entries = _restore(keeper, core)
@@ -225,12 +225,19 @@ def _start(positions: Positions, entries: list[Entry]) -> Positions:
     return positions | start
 
 
-def run_policy(loaded: LoadedPolicy, *, fresh: bool = False, watch: Callable[[Daemon], Any] | None = None) -> Daemon:
+def run_policy(
+    loaded: LoadedPolicy,
+    *,
+    fresh: bool = False,
+    read: Callable[[], LoadedPolicy] | None = None,
+    watch: Callable[[Daemon], Any] | None = None,
+) -> Daemon:
     """Run a policy until its streams end or a signal comes.
 
     Args:
         loaded: The policy.
         fresh: Whether to set aside what the state directory holds and start anew.
+        read: Reads the policy again, at SIGHUP and when its file has changed; None never does.
         watch: An async function that is given the daemon and runs beside it until it ends.
 
     Raises:
@@ -251,7 +258,7 @@ def run_policy(loaded: LoadedPolicy, *, fresh: bool = False, watch: Callable[[Da
         daemon = assemble(loaded, Metrics(), store)
         try:
             with rare_collections():
-                anyio.run(_run, daemon, sock, loaded, watch)
+                anyio.run(_run, daemon, sock, loaded, read, watch)
         finally:
             daemon.core.joins.close()
             daemon.runner.keeper.journal.close()
@@ -296,15 +303,21 @@ def _set_aside(store: CheckpointStore) -> None:
 
 
 async def _run(
-    daemon: Daemon, sock: socket.socket | None, loaded: LoadedPolicy, watch: Callable[[Daemon], Any] | None
+    daemon: Daemon,
+    sock: socket.socket | None,
+    loaded: LoadedPolicy,
+    read: Callable[[], LoadedPolicy] | None,
+    watch: Callable[[Daemon], Any] | None,
 ) -> None:
-    policy = {"path": str(loaded.path), "digest": loaded.digest}
+    policy: dict[str, Any] = {"path": str(loaded.path), "digest": loaded.digest, "reload": None}
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(daemon.handle_signals)
         if sock is not None:
             host, port = sock.getsockname()[:2]
             log.info("listening", address=f"http://{host}:{port}")
             tasks.start_soon(Admin(daemon, policy).serve, sock)
+        if read is not None:
+            tasks.start_soon(Reloader(daemon, loaded, read, lambda new: configure_logs(new.log), policy).run)
         if watch is not None:
             tasks.start_soon(watch, daemon)
         await daemon.run()

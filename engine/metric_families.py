@@ -161,6 +161,8 @@ class Families:
         self.kernel_fallback = self._gauge("kernel_fallback", "1 where a fast kernel was switched off as wrong", "op")
         self.device_allocated = self._gauge("device_allocated_bytes", "Memory of the device that tensors take")
         self.device_reserved = self._gauge("device_reserved_bytes", "Memory of the device that the allocator holds")
+        self.policy = Info("adaptd_policy", "Digest of the policy in force", registry=self.registry)
+        self.reloads = self._counter("reload", "Reloads of the policy: applied, rejected, unchanged", "result")
         self.build = Info("adaptd_build", "Versions of what runs", registry=self.registry)
         self.build.info(
             {

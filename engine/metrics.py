@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from engine.learner import Job
 
 STAGES = ("predict", "adapt", "join", "learn", "send", "checkpoint")
+RELOADS = ("applied", "rejected", "unchanged")
 QUEUES = ("input", "output", "deferred")
 
 
@@ -50,6 +51,8 @@ class Metrics(Families):
             self.updates.labels(kind)
         for reason in Reason:
             self.dead_letters.labels(reason)
+        for result in RELOADS:
+            self.reloads.labels(result)
         self._levels: dict[Counter, float] = {}
         self._newest: dict[Partition, float] = {}
         self._lagging: set[Partition] = set()
@@ -114,6 +117,12 @@ class Metrics(Families):
         """Note a checkpoint that could not be written."""
         self.checkpoint_attempts.inc()
         self.checkpoint_failures.inc()
+
+    def reloaded(self, digest: str) -> None:
+        """Note another policy: series of methods that it may not have go, or their last values would stay for ever."""
+        self.policy.info({"digest": digest})
+        self.method_value.clear()
+        self.agreement.set(math.nan)
 
     def revoked(self, partitions: Sequence[Partition]) -> None:
         """Drop the series of partitions that somebody else reads now: their last values would stay for ever."""

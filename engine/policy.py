@@ -287,6 +287,11 @@ class Policy(Section):
         return self.order == "time" or (self.order is None and self.bounded)
 
     @property
+    def in_background(self) -> bool:
+        """Whether a daemon learns beside serving; streams merged by event time learn between batches instead."""
+        return self.learning.mode == "background" and not self.by_time
+
+    @property
     def learns(self) -> bool:
         """Whether labels are learned from (in a backtest: if there are any)."""
         if self.learning.enabled is not None:

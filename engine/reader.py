@@ -73,7 +73,7 @@ class Reader:
         self._start = start
         self._hand_over = hand_over
         self._revoked = revoked
-        self._high = high
+        self.high = high
         self._given = dict.fromkeys(source.streams, 0)
         self._paused: set[str] = set()
         self._announced: frozenset[Partition] = frozenset()
@@ -211,10 +211,10 @@ class Reader:
         for stream in self._source.streams:
             waiting = self._given[stream] - taken[stream]
             starved = stream in self.starved
-            if stream not in self._paused and waiting >= self._high and not starved:
+            if stream not in self._paused and waiting >= self.high and not starved:
                 self._source.pause([stream])
                 self._paused.add(stream)
-            elif stream in self._paused and (waiting <= self._high // 2 or starved):
+            elif stream in self._paused and (waiting <= self.high // 2 or starved):
                 self._source.resume([stream])
                 self._paused.discard(stream)
 

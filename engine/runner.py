@@ -78,8 +78,9 @@ class Runner:
         self.metrics.batch(events, answered - started, time.perf_counter() - put)
 
     def _done_again(self) -> None:
-        """Repeat a background job where the journal says that it was taken in."""
-        assert self.core.job is not None
+        """Repeat a background job where the journal says that it was taken in; another policy may have made none."""
+        if self.core.job is None:
+            return
         self.core.learner.run(self.core.job)
         self.core.done()
         self.core.make_job()

@@ -11,7 +11,7 @@ import signal
 import time
 from typing import Protocol
 
-FAILPOINTS = ("journal.append",)
+FAILPOINTS = ("journal.append", "reload.take")
 """Every failpoint there is, for those who sweep them."""
 
 

@@ -80,7 +80,7 @@ class CheckpointStore:
         if keep < 3:
             raise ValueError(f"keep must be at least 3, not {keep}")
         self.directory = directory
-        self._keep = keep
+        self.keep = keep
         self._disk: Disk = LocalDisk() if disk is None else disk
         self._reserve = reserve_bytes
         self._clock = clock
@@ -348,7 +348,7 @@ class CheckpointStore:
         """Delete what is older than the ``keep`` newest verified checkpoints and not pinned."""
         pins, kept = self._layout.pins(), 0
         for step in self._layout.steps():
-            if kept < self._keep:
+            if kept < self.keep:
                 kept += self._is_verified(step)
             elif step not in pins:
                 self._layout.discard(step)

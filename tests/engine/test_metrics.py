@@ -20,6 +20,8 @@ from streams.join import Joined
 from tests.engine.cores import events, feedback, make_core
 
 FROZEN = {
+    "adaptd_policy": ("info", ()),
+    "adaptd_reload": ("counter", ("result",)),
     "adaptd_audit_accuracy_ratio": ("gauge", ("model",)),
     "adaptd_audit_rows": ("gauge", ()),
     "adaptd_background_jobs": ("gauge", ()),

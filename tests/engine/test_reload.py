@@ -1,0 +1,341 @@
+"""Reloading the policy of a daemon that serves files as they grow."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+
+from engine.daemon import Daemon
+from engine.launch import run_policy
+from engine.learner import Job, Learner
+from engine.policyfile import LoadedPolicy, load
+from engine.reload import Reloader
+from engine.scaffold import EVENTS, LABEL_EVERY, init
+from tests.engine.parts import until
+from tests.engine.test_policy_invalid import CASES
+
+FOLLOW = {
+    "{file: ./events.jsonl} #": "{file: ./events.jsonl, follow: true} #",
+    "{file: ./feedback.jsonl}": "{file: ./feedback.jsonl, follow: true}",
+    "port: 9464": "port: 0",
+}
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    init(tmp_path)
+    change(tmp_path, FOLLOW)
+    return tmp_path
+
+
+def change(project: Path, words: dict[str, str]) -> None:
+    """Write the policy file anew, under another inode, as editors do."""
+    file = project / "policy.yaml"
+    text = file.read_text()
+    for old, new in words.items():
+        assert old in text
+        text = text.replace(old, new)
+    (project / "new").write_text(text)
+    (project / "new").rename(file)
+
+
+class Running:
+    """A daemon with a reloader that the test drives."""
+
+    def __init__(self, daemon: Daemon, loaded: LoadedPolicy, applied: list[str]) -> None:
+        self.daemon = daemon
+        self.shown: dict[str, Any] = {}
+        assert loaded.path is not None
+        path = loaded.path
+        self.reloader = Reloader(
+            daemon, loaded, lambda: load(path, environ={}), lambda new: applied.append(new.log.level), self.shown
+        )
+
+    async def reload(self) -> str:
+        return await self.reloader.reload("the test")
+
+    @property
+    def error(self) -> str:
+        error = self.shown["reload"]["error"]
+        assert isinstance(error, str)
+        return error
+
+    def count(self, result: str) -> float:
+        found = self.daemon.metrics.registry.get_sample_value("adaptd_reload_total", {"result": result})
+        assert found is not None
+        return found
+
+
+def drive(project: Path, script: Callable[[Running], Awaitable[None]], events: int = EVENTS) -> Daemon:
+    """Run the daemon until it has answered so many events and done with their labels, then the script, then stop it."""
+    loaded = load(project / "policy.yaml", environ={})
+
+    def idle(daemon: Daemon) -> bool:
+        core = daemon.core
+        labelled = core.counts["feedback"] * LABEL_EVERY >= events
+        return core.counts["events"] >= events and labelled and core.job is None
+
+    async def beside(daemon: Daemon) -> None:
+        with anyio.fail_after(60):
+            await until(lambda: idle(daemon))
+            await script(Running(daemon, loaded, []))
+        daemon.stop()
+
+    return run_policy(loaded, watch=beside)
+
+
+def answers(project: Path) -> list[str]:
+    return [json.loads(line)["id"] for line in (project / "predictions.jsonl").read_text().splitlines()]
+
+
+def append_events(project: Path, count: int) -> None:
+    lines = (project / "events.jsonl").read_text().splitlines()[:count]
+    fresh = [json.dumps({**json.loads(line), "id": f"more-{n}"}) + "\n" for n, line in enumerate(lines)]
+    with (project / "events.jsonl").open("a") as file:
+        file.write("".join(fresh))
+
+
+# -- what is taken over -------------------------------------------------------------------------------------------
+
+
+def test_a_changed_policy_is_in_force_from_the_next_batch_on_with_all_that_was_learned(project: Path) -> None:
+    async def script(running: Running) -> None:
+        daemon, old = running.daemon, running.daemon.core
+        change(project, {"lr: 0.01": "lr: 0.02", "every: 60s": "every: 1h", "keep: 3": "keep: 5"})
+        change(
+            project, {"max_size: 64, max_delay: 20ms": "max_size: 8, max_delay: 1ms", "half_life: 1h": "half_life: 2h"}
+        )
+        assert await running.reload() == "applied"
+        core = daemon.core
+        assert core is not old
+        assert daemon.runner.core is core
+        learned = old.host.live.state_dict()
+        assert [n for n, t in core.host.live.state_dict().items() if not bool((t == learned[n]).all())] == []
+        assert (core.counts, core.step, core.watermark) == (old.counts, old.step, old.watermark)
+        assert len(core.audit) == len(old.audit) > 0
+        assert core.joins.pending == old.joins.pending > 0
+        assert core.methods.safeguards[1].state_dict().keys() == old.methods.safeguards[1].state_dict().keys()
+        assert core.learner.optimizer.param_groups[0]["lr"] == 0.02
+        assert len(core.learner.optimizer.state) == len(old.learner.optimizer.state) > 0
+        assert (daemon.checkpoint_every, daemon.runner.keeper.store.keep) == (3600.0, 5)
+        batches = daemon.runner.batches
+        append_events(project, 64)
+        await until(lambda: core.counts["events"] == EVENTS + 64)
+        assert daemon.runner.batches - batches >= 8
+
+    drive(project, script)
+    assert sorted(answers(project)) == sorted([f"event-{n}" for n in range(EVENTS)] + [f"more-{n}" for n in range(64)])
+
+
+def test_methods_may_come_go_and_be_exchanged(project: Path) -> None:
+    async def script(running: Running) -> None:
+        change(project, {"{method: bn, mode: ema, momentum: 0.1}": "{method: tent}", "{method: finite}, ": ""})
+        change(project, {"interpolation: {method: linear}\n": "", "gate: {method: flips, budget: 0.01}\n": ""})
+        change(project, {"optimizer: adam": "optimizer: sgd", "max_bytes: 256MB": "max_bytes: 1MB"})
+        assert await running.reload() == "applied"
+        core = running.daemon.core
+        assert core.methods.adaptation.name == "tent"
+        assert [guard.name for guard in core.methods.safeguards] == ["replay"]
+        assert core.methods.gate is None
+        append_events(project, 64)
+        await until(lambda: core.counts["updates.adaptation"] > 0)
+
+    drive(project, script)
+
+
+def test_the_metrics_and_the_status_tell_of_every_reload(project: Path) -> None:
+    async def script(running: Running) -> None:
+        metrics, first = running.daemon.metrics, running.reloader.loaded.digest
+        assert metrics.registry.get_sample_value("adaptd_policy_info", {"digest": first}) == 1
+        assert await running.reload() == "unchanged"
+        change(project, {"lr: 0.01": "lr: 0.02"})
+        assert await running.reload() == "applied"
+        second = running.reloader.loaded.digest
+        assert second != first
+        assert running.shown["digest"] == second
+        assert running.shown["reload"]["error"] is None
+        assert metrics.registry.get_sample_value("adaptd_policy_info", {"digest": second}) == 1
+        assert metrics.registry.get_sample_value("adaptd_policy_info", {"digest": first}) is None
+        change(project, {"lr: 0.02": "lr: fast"})
+        assert await running.reload() == "rejected"
+        assert running.shown["digest"] == second
+        assert "learning.lr: 'fast' is not what belongs here" in running.error
+        assert [running.count(result) for result in ("applied", "rejected", "unchanged")] == [1, 1, 1]
+
+    drive(project, script)
+
+
+def test_a_background_job_under_way_is_finished_first(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own, held = Learner.run, []
+
+    def run(learner: Learner, job: Job) -> None:
+        held.append(job)
+        own(learner, job)
+
+    async def script(running: Running) -> None:
+        monkeypatch.setattr(Learner, "run", run)
+        core = running.daemon.core
+        for _ in range(3):  # whether or not one is under way at this instant, none is lost
+            before = core.counts["labels"]
+            change(project, {"batch_size: 16": "batch_size: 17"}) if core is running.daemon.core else None
+            assert await running.reload() in ("applied", "unchanged")
+            assert running.daemon.core.counts["labels"] == before
+        steps = running.daemon.core.counts["updates.learning"] + running.daemon.core.counts["skipped.learning.reset"]
+        assert steps * 16 <= running.daemon.core.counts["labels"]
+
+    drive(project, script, events=64)
+
+
+# -- what is refused ----------------------------------------------------------------------------------------------
+
+
+def test_of_more_than_sixty_broken_documents_none_disturbs_the_policy_in_force(project: Path) -> None:
+    assert len(CASES) > 60
+
+    async def script(running: Running) -> None:
+        core, digest = running.daemon.core, running.reloader.loaded.digest
+        for text, line, fragment in CASES:
+            (project / "policy.yaml").write_text(text, encoding="utf-8")
+            assert await running.reload() == "rejected"
+            assert f"policy.yaml:{line}: " in running.error
+            assert fragment in running.error
+        assert running.daemon.core is core
+        assert running.reloader.loaded.digest == digest
+        assert running.count("rejected") == len(CASES)
+        append_events(project, 10)
+        await until(lambda: core.counts["events"] == EVENTS + 10)
+
+    drive(project, script)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ({"device: auto": "device: cpu"}, "policy.yaml:16: model.device: cannot change while the daemon runs"),
+        (
+            {"dtype: float32} # what": "dtype: float64} # what"},
+            "model.inputs.dtype: cannot change while the daemon runs",
+        ),
+        ({"state: ./state": "state: ./elsewhere"}, "policy.yaml:11: state: cannot change while the daemon runs"),
+        ({"./predictions.jsonl": "./other.jsonl"}, "streams.predictions.file: cannot change while the daemon runs"),
+        ({"port: 0": "port: 9999"}, "metrics.port: cannot change while the daemon runs; put it back, or restart"),
+        ({"version: 1\n": "version: 1\nseed: 7\n"}, "policy.yaml:11: seed: cannot change while the daemon runs"),
+        ({"version: 1\n": "version: 1\norder: arrival\n"}, "order: cannot change while the daemon runs"),
+        ({"join: {window": "join: {mode: inline, window"}, "join.mode: cannot change while the daemon runs"),
+    ],
+)
+def test_what_needs_a_restart_is_refused_by_name(project: Path, words: dict[str, str], said: str) -> None:
+    async def script(running: Running) -> None:
+        change(project, words)
+        assert await running.reload() == "rejected"
+        assert said in running.error
+
+    drive(project, script, events=1)
+
+
+def test_a_policy_that_does_not_fit_the_model_is_refused_with_its_line(project: Path) -> None:
+    async def script(running: Running) -> None:
+        core = running.daemon.core
+        change(project, {"batch_size: 16}": "batch_size: 16, include: [nowhere]}"})
+        assert await running.reload() == "rejected"
+        assert "policy.yaml:36: learning: no parameter of the model matches" in running.error
+        assert running.daemon.core is core
+
+    drive(project, script, events=1)
+
+
+def test_a_method_that_does_not_know_its_old_state_leaves_the_old_policy_running(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def script(running: Running) -> None:
+        core = running.daemon.core
+        keeper = running.daemon.runner.keeper
+        monkeypatch.setattr(type(keeper), "_apply", lambda *_: 1 / 0)
+        change(project, {"lr: 0.01": "lr: 0.02"})
+        assert await running.reload() == "rejected"
+        assert running.error == "ZeroDivisionError: division by zero"
+        assert running.daemon.core is core
+        append_events(project, 10)
+        await until(lambda: core.counts["events"] == EVENTS + 10)
+
+    drive(project, script)
+
+
+# -- a real process -----------------------------------------------------------------------------------------------
+
+
+class Process:
+    def __init__(self, project: Path, **variables: str) -> None:
+        self.log = (project / "log").open("ab")
+        environ = {key: value for key, value in os.environ.items() if not key.startswith("ADAPTD_")} | variables
+        command = [sys.executable, "-m", "engine.cli", "run", str(project / "policy.yaml"), "--set", "log.format=json"]
+        self.process = subprocess.Popen(command, stderr=self.log, env=environ)
+        self._project = project
+
+    def lines(self) -> Sequence[dict[str, Any]]:
+        text = (self._project / "log").read_text()
+        return [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+
+    async def until_logged(self, event: str, times: int = 1) -> dict[str, Any]:
+        with anyio.fail_after(60):
+            while len(found := [line for line in self.lines() if line["event"] == event]) < times:
+                assert self.process.poll() is None, (self._project / "log").read_text()
+                await anyio.sleep(0.05)
+        return found[-1]
+
+    async def ended(self) -> int:
+        code = await anyio.to_thread.run_sync(self.process.wait, 60)
+        self.log.close()
+        return code
+
+
+def page(address: str) -> str:
+    with urllib.request.urlopen(address, timeout=30) as answer:
+        text: bytes = answer.read()
+    return text.decode()
+
+
+async def test_a_process_reloads_at_a_signal_and_when_its_file_changes(project: Path) -> None:
+    process = Process(project)
+    address = (await process.until_logged("listening"))["address"]
+    await process.until_logged("checkpoint")
+    change(project, {"lr: 0.01": "lr: 0.02"})
+    process.process.send_signal(signal.SIGHUP)
+    digest = (await process.until_logged("policy_applied"))["digest"]
+    (project / "policy.yaml").write_text("version: 1\nmodle: {}\n")
+    refused = await process.until_logged("policy_rejected")
+    assert "policy.yaml:2: modle: unknown key 'modle'; did you mean 'model'?" in refused["error"]
+    status = json.loads(await anyio.to_thread.run_sync(page, f"{address}/status"))
+    metrics = await anyio.to_thread.run_sync(page, f"{address}/metrics")
+    assert status["policy"]["digest"] == digest
+    assert status["policy"]["reload"]["result"] == "rejected"
+    assert f'adaptd_policy_info{{digest="{digest}"}} 1.0' in metrics
+    process.process.terminate()
+    assert await process.ended() == 0
+
+
+async def test_killed_in_the_middle_of_a_reload_the_next_process_goes_on_under_the_new_policy(project: Path) -> None:
+    first = Process(project, ADAPTD_FAILPOINT="reload.take:1")
+    await first.until_logged("checkpoint")
+    change(project, {"lr: 0.01": "lr: 0.02", "batch_size: 16": "batch_size: 8"})
+    first.process.send_signal(signal.SIGHUP)
+    assert await first.ended() == -signal.SIGKILL
+    append_events(project, 100)
+    second = Process(project)
+    await second.until_logged("policy_changed")
+    with anyio.fail_after(60):
+        while len(set(answers(project))) < EVENTS + 100:
+            await anyio.sleep(0.05)
+    second.process.terminate()
+    assert await second.ended() == 0
+    assert len(set(answers(project))) == EVENTS + 100
