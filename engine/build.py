@@ -76,6 +76,7 @@ def build_core(policy: Policy, model: nn.Module, *, background: bool, directory:
         release_every=policy.release.every if policy.gate is not None else 0,
         store_inputs=policy.join.mode == "store",
         background=background,
+        window=policy.join.window,
     )
     return Core(settings, host, methods, learner, audit, joins)
 

@@ -24,6 +24,7 @@ from engine.host import ModelHost, clone
 from engine.learner import Job, Learner
 from engine.methods import Methods
 from engine.rows import pack, unpack
+from engine.watermark import Watermark
 from policies.interfaces import (
     Action,
     Adaptation,
@@ -52,6 +53,7 @@ class CoreSettings:
         release_every: Joined labels between two release attempts; 0 for never.
         store_inputs: Whether inputs wait for their feedback, or feedback carries them.
         background: Whether jobs run beside serving; else each runs at once, where it is made.
+        window: Seconds by which one row may move the watermark; see `engine.watermark`.
     """
 
     batch_size: int
@@ -60,6 +62,7 @@ class CoreSettings:
     release_every: int
     store_inputs: bool
     background: bool
+    window: float = math.inf
 
 
 class Answers(NamedTuple):
@@ -79,7 +82,6 @@ class Core:
         counts: Everything counted, by name; part of the checkpoint.
         step: Updates applied to the live weights.
         release: Number of the current release; 0 is the source model.
-        watermark: Newest event time seen, in seconds; the clock of all methods.
         job: The background job to run or running, if any.
         decisions: Release decisions not yet reported, oldest first.
     """
@@ -103,7 +105,7 @@ class Core:
         self.step = 0
         self.release = 0
         self.alpha = 0.0
-        self.watermark = -math.inf
+        self.clock = Watermark(settings.window)
         self.job: Job | None = None
         self.last_job: Job | None = None
         self.entropy = 0.0
@@ -115,6 +117,11 @@ class Core:
         self._batch: tuple[Batch, Tensor, Answers] | None = None
         self._updates = type(methods.adaptation).update is not Adaptation.update
 
+    @property
+    def watermark(self) -> float:
+        """How far event time has come, in seconds; the clock of all methods."""
+        return self.clock.value
+
     # -- data ---------------------------------------------------------------------------------------------------
 
     def answer(self, events: Sequence[Event]) -> Answers:
@@ -125,7 +132,7 @@ class Core:
             inputs=self.host.inputs.stack(inputs, self.host.device),
             times=torch.tensor(times, dtype=torch.float64),
             groups=groups,
-            now=max(self.watermark, *times),
+            now=self.clock.advance(times),
         )
         logits = self.methods.adaptation.adapt(batch)
         probabilities = logits.float().softmax(1)
@@ -138,7 +145,6 @@ class Core:
         """Do what follows from the batch just answered: adapt, let safeguards judge, let inputs wait for labels."""
         assert self._batch is not None
         (batch, logits, answers), self._batch = self._batch, None
-        self.watermark = batch.now
         self.counts["events"] += len(batch)
         self._watch(batch, logits, answers)
         verdicts = [guard.verdict(batch, logits) for guard in self.methods.safeguards]
@@ -199,7 +205,7 @@ class Core:
 
     def feedback(self, items: Sequence[Feedback]) -> None:
         """Take in a batch of feedback."""
-        self.watermark = max(self.watermark, *[item.time for item in items])
+        self.clock.advance([item.time for item in items])
         self.counts["feedback"] += len(items)
         self._joined(self.joins.feedback(items, self.watermark))
         self.make_job()
@@ -330,6 +336,7 @@ class Core:
             "release": self.release,
             "alpha": self.alpha,
             "watermark": self.watermark,
+            "clock": self.clock.state_dict(),
             "attempted_at": self._attempted_at,
             "reset_due": self._reset_due,
             "deferred": self.deferred,
@@ -341,6 +348,8 @@ class Core:
         """Take over a state."""
         self.counts = Counter(state["counts"])
         self.step, self.release, self.alpha = state["step"], state["release"], state["alpha"]
-        self.watermark, self._attempted_at = state["watermark"], state["attempted_at"]
+        self._attempted_at = state["attempted_at"]
+        of_old = {"value": state["watermark"], "ahead": 0, "run": 0, "oldest": None}  # before there was a clock
+        self.clock.load_state_dict(state.get("clock", of_old))
         self._reset_due, self.deferred = state["reset_due"], state["deferred"]
         self._to_learn, self._to_audit = deque(unpack(state["to_learn"])), deque(unpack(state["to_audit"]))

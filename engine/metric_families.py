@@ -87,6 +87,9 @@ class Families:
         self.events = self._counter("events", "Events answered")
         self.feedback_results = self._counter("feedback", "What became of feedback and of waiting inputs", "result")
         self.feedback_received = self._gauge("feedback_timestamp_seconds", "When feedback last came in", unknown=True)
+        self.times_ahead = self._counter(
+            "times_ahead", "Events and feedback dated ahead of the watermark by more than join.window"
+        )
         self.labels = self._counter("labels", "Usable labels joined with their event")
         self.unusable_labels = self._counter("unusable_labels", "Joined feedback that names no class of the model")
         self.label_delay = self._histogram("label_delay_seconds", "From an event to its label", DELAY_SECONDS)

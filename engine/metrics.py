@@ -61,6 +61,7 @@ class Metrics(Families):
         self._release: int | None = None
         self._counts: Mapping[str, int] = {}
         self._joins: Mapping[str, int] = {}
+        self._ahead = 0
 
     # -- what threads say ---------------------------------------------------------------------------------------
 
@@ -141,6 +142,7 @@ class Metrics(Families):
     def begin(self, core: Core) -> None:
         """Take what a restored core has counted already as the zero of this process."""
         self._counts, self._joins = dict(core.counts), dict(core.joins.counts)
+        self._ahead = core.clock.ahead
         self._events, self._release, self._job = core.counts["events"], core.release, core.last_job
 
     def watch(self, core: Core) -> None:
@@ -240,6 +242,7 @@ class Metrics(Families):
             counter = single.get(name) or (several[head](*rest) if head in several else None)
             if counter is not None:
                 self._raise(counter, count - self._counts.get(name, 0))
+        self._raise(self.times_ahead, core.clock.ahead - self._ahead)
         for kind in KINDS:
             count = core.joins.counts[kind] - self._joins.get(kind, 0)
             self._raise(self.feedback_results.labels(kind), count)

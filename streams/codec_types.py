@@ -187,13 +187,14 @@ def check_time(value: float | None, record: Record) -> float:
         record: The record that is being decoded.
 
     Raises:
-        BadRecord: Not finite, or neither the record nor its stream knows a time.
+        BadRecord: Not finite, negative or beyond `LATEST_TIME`, or neither the record nor its stream knows a time.
     """
     time = record.timestamp if value is None else value
     if math.isfinite(time):
-        if abs(time) < LATEST_TIME:
+        if 0 <= time < LATEST_TIME:
             return time
-        raise BadRecord(Reason.TIME, f"time {time:.0f} lies beyond the year 2100; it must be in seconds")
+        fault = "lies before the year 1970" if time < 0 else "lies beyond the year 2100"
+        raise BadRecord(Reason.TIME, f"time {time:.6g} {fault}; it must be in seconds since 1970")
     if value is None:
         raise BadRecord(Reason.TIME, "time is missing and the stream has no timestamps; add the field to the record")
     raise BadRecord(Reason.TIME, "time must be a finite number of seconds")

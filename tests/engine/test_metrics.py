@@ -20,6 +20,7 @@ from streams.join import Joined
 from tests.engine.cores import events, feedback, make_core
 
 FROZEN = {
+    "adaptd_times_ahead": ("counter", ()),
     "adaptd_policy": ("info", ()),
     "adaptd_reload": ("counter", ("result",)),
     "adaptd_audit_accuracy_ratio": ("gauge", ("model",)),

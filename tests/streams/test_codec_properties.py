@@ -27,7 +27,7 @@ from streams.codec_types import DTYPE_FORMATS, LATEST_TIME
 SPEC = InputSpec((2,), np.dtype("float32"))
 FORMS = st.sampled_from(["json", "binary"])
 IDS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=128)
-TIMES = st.floats(min_value=-LATEST_TIME, max_value=LATEST_TIME, exclude_min=True, exclude_max=True)
+TIMES = st.floats(min_value=0, max_value=LATEST_TIME, exclude_max=True)
 INPUTS = st.sampled_from(list(DTYPE_FORMATS)).flatmap(
     lambda name: hnp.arrays(
         name,
