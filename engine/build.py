@@ -52,6 +52,7 @@ def build_core(policy: Policy, model: nn.Module, *, background: bool, directory:
         methods = Methods.build(choices, host, policy.seed)
     except PolicyError as error:
         raise PolicyFileError(str(error)) from error
+    methods.stepper.clip_norm = policy.learning.clip_norm
     audit = Audit(policy.audit.window, host.inputs, host.device)
     names = _learned(policy.learning, host.learner) if policy.learns else []
     learned = [parameter for name, parameter in host.learner.named_parameters() if name in set(names)]

@@ -171,6 +171,8 @@ class Learning(Section):
     """Takes the steps."""
     lr: Annotated[float, Field(gt=0, le=100)] = 1e-3
     """Learning rate."""
+    clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    """Largest L2 norm of the gradient of a step, penalties included; a longer one is scaled down. None clips none."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Weight decay; decoupled for ``adamw``."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9

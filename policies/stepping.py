@@ -36,10 +36,13 @@ class SafeStepper:
 
     Args:
         safeguards: In the order of the policy: penalties are summed and hooks run in it.
+        clip_norm: Largest L2 norm of the gradient of a labelled step, after all safeguards; a longer one is scaled down
+            (Pascanu et al., ICML 2013). None for any.
     """
 
-    def __init__(self, safeguards: Sequence[Safeguard] = ()) -> None:
+    def __init__(self, safeguards: Sequence[Safeguard] = (), clip_norm: float | None = None) -> None:
         self.safeguards: tuple[Safeguard, ...] = tuple(safeguards)
+        self.clip_norm = clip_norm
 
     def step(self, model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, kind: StepKind) -> Outcome:
         """Add penalties, go backward, let safeguards filter or veto, step; or leave everything as it was.
@@ -77,7 +80,10 @@ class SafeStepper:
             return EMPTY
         if not math.isfinite(peak):
             return NONFINITE_GRADIENT
-        return next((why for guard in self.safeguards if (why := guard.filter_gradients(model, kind))), "")
+        reason = next((why for guard in self.safeguards if (why := guard.filter_gradients(model, kind))), "")
+        if self.clip_norm is not None and kind is StepKind.LEARNING and not reason:
+            _clip(gradients, self.clip_norm)
+        return reason
 
     def _penalised(self, model: nn.Module, loss: Tensor, kind: StepKind) -> Tensor:
         """The loss plus every safeguard's penalty."""
@@ -108,6 +114,19 @@ class SafeStepper:
             else:
                 optimizer.state[parameter] = held
         return Outcome(False, NONFINITE_WEIGHTS)
+
+
+@torch.no_grad()
+def _clip(gradients: Sequence[Tensor], limit: float) -> None:
+    """Scale gradients down to a joint norm of ``limit``; those within it stay bit for bit.
+
+    The norm is taken of gradients brought to a largest magnitude of 1, so that no sum of squares overflows.
+    """
+    peak = _peak(gradients)
+    norm = get_total_norm([gradient / peak for gradient in gradients]) * peak
+    if float(norm) > limit:
+        torch._foreach_mul_(list(gradients), limit / peak)
+        torch._foreach_mul_(list(gradients), peak / norm)
 
 
 def _copied(held: dict[str, Any]) -> dict[str, Any]:

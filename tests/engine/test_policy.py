@@ -27,7 +27,8 @@ delivery order
 batching.max_size batching.max_delay
 join.window join.max_bytes join.max_disk_bytes join.mode
 adaptation reweighting safeguards interpolation gate
-learning.enabled learning.optimizer learning.lr learning.weight_decay learning.momentum learning.batch_size
+learning.enabled learning.optimizer learning.lr learning.clip_norm learning.weight_decay learning.momentum
+learning.batch_size
 learning.max_delay learning.parameters learning.include learning.exclude learning.mode
 audit.share audit.window
 release.every

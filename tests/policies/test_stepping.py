@@ -173,3 +173,21 @@ def test_parameters_outside_the_optimizer_get_no_gradient_and_stay() -> None:
     assert torch.equal(before["0.weight"], model.state_dict()["0.weight"])
     assert not torch.equal(before["2.weight"], model.state_dict()["2.weight"])
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_the_gradient_of_a_labelled_step_is_clipped_and_one_within_the_limit_is_not() -> None:
+    for size, expected in ((3e30, 0.5), (0.25, 0.25)):
+        model = nn.Linear(1, 1, bias=False)
+        before = model.weight.item()
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        loss = size * model(torch.ones(1, 1)).sum()
+        assert SafeStepper(clip_norm=0.5).step(model, optimizer, loss, StepKind.LEARNING).applied
+        assert before - model.weight.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_steps_of_adaptation_have_safeguards_alone_to_clip_them() -> None:
+    model = nn.Linear(1, 1, bias=False)
+    before = model.weight.item()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    SafeStepper(clip_norm=0.5).step(model, optimizer, 8.0 * model(torch.ones(1, 1)).sum(), StepKind.ADAPTATION)
+    assert before - model.weight.item() == pytest.approx(8.0)
