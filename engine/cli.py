@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from engine import __version__
-from engine.errors import AdaptdError, UsageError
+from engine.errors import AdaptdError, StorageError, UsageError
 
 app = typer.Typer(name="adaptd", no_args_is_help=True, add_completion=False, help="Online adaptation engine.")
 checkpoints = typer.Typer(no_args_is_help=True, help="Look at checkpoints.")
@@ -58,14 +58,17 @@ def validate(
     set_: SetOption = [],  # noqa: B006
     show: Annotated[bool, typer.Option("--show", help="Print the policy in force, secrets masked.")] = False,
 ) -> None:
-    """Check a policy file. Touches no broker and builds no model."""
+    """Check a policy file, and that what it names is there. Asks no broker and runs no code of the model."""
     from engine.policyfile import effective
+    from engine.preflight import check, unchecked
 
     loaded = _load(policy, set_)
+    check(loaded)
     if show:
         out(effective(loaded.policy).rstrip())
     else:
         out(f"{policy}: valid")
+        out(f"not checked: {unchecked(loaded)}")
 
 
 @app.command()
@@ -83,6 +86,7 @@ def init(directory: Annotated[Path, typer.Argument(help="Where to write.")] = Pa
 
     for path in write(directory):
         out(f"wrote {path}")
+    out(f"next: adaptd run {directory / 'policy.yaml'}")
 
 
 @app.command()
@@ -154,12 +158,31 @@ def _row(info: Any) -> dict[str, Any]:
 
 
 @checkpoints.command("show")
-def checkpoint_show(state: StateArgument, name: str) -> None:
+def checkpoint_show(
+    state: StateArgument,
+    name: Annotated[str | None, typer.Argument(help="Its name or number; the newest if none is named.")] = None,
+) -> None:
     """Print what a checkpoint says of itself."""
-    info = _store(state).verify(name)
+    store = _store(state)
+    name = _name(store, name)
+    info = store.verify(name)
     meta = json.loads((state / name / "meta.json").read_text())
     meta.pop("states", None)
     out(json.dumps({"manifest": info.manifest.model_dump(), "meta": meta}, indent=2))
+
+
+def _name(store: Any, name: str | None) -> str:
+    """The name of a checkpoint that is named in full, by its number, or not at all."""
+    if name is None:
+        found = store.list()
+        if not found:
+            raise UsageError(f"{store.directory} holds no checkpoints")
+        return str(found[0].name)
+    if name.isascii() and name.isdigit():
+        from engine.checkpoint.folder import name_of
+
+        return name_of(int(name))
+    return name
 
 
 @checkpoints.command("verify")
@@ -169,12 +192,35 @@ def checkpoint_verify(
 ) -> None:
     """Check every byte of checkpoints against their manifests."""
     store = _store(state)
-    names = [name] if name else [info.name for info in store.list()]
+    names = [_name(store, name)] if name else [info.name for info in store.list()]
     if not names:
         raise UsageError(f"{state} holds no checkpoints")
+    bad = 0
     for each in names:
-        store.verify(each)
-        out(f"{each}: good")
+        try:
+            store.verify(each)
+        except AdaptdError as error:
+            bad += 1
+            out(f"{each}: {error}")
+        else:
+            out(f"{each}: good")
+    if bad:
+        raise StorageError(f"{bad} of {len(names)} checkpoints cannot be used; a start passes over them")
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        out(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def main_options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Online adaptation engine."""
 
 
 @app.command()

@@ -78,16 +78,27 @@ def resolve_factory(spec: str, base: Path, prefixes: Sequence[str] = (), *, seed
     Raises:
         PolicyFileError: If the factory is refused or missing, or its module fails. The message begins with the key.
     """
+    place, name = locate_factory(spec, base, prefixes)
+    if isinstance(place, Path):
+        with _siblings(place.parent):
+            function = _function(_load_file(place, spec), name, spec)
+        return partial(_build, function, spec, place.parent, seed)
+    return partial(_build, _function(_import(place, spec), name, spec), spec, None, seed)
+
+
+def locate_factory(spec: str, base: Path, prefixes: Sequence[str] = ()) -> tuple[Path | str, str]:
+    """Where the factory is that a policy names: its file or its module, and its name there. Imports nothing.
+
+    Raises:
+        PolicyFileError: If the factory is refused, or its file is missing. The message begins with the key.
+    """
     in_file, imported = _FROM_FILE.fullmatch(spec), _IMPORTED.fullmatch(spec)
     if in_file is not None:
-        file = _file(in_file[1], base)
-        with _siblings(file.parent):
-            function = _function(_load_file(file, spec), in_file[2], spec)
-        return partial(_build, function, spec, file.parent, seed)
+        return _file(in_file[1], base), in_file[2]
     if imported is None:
         _refuse(f"{spec!r} names no factory; write './model.py:build' or 'package.module:build', in plain ASCII names")
     _check_allowed(spec, imported[1], prefixes)
-    return partial(_build, _function(_import(imported[1], spec), imported[2], spec), spec, None, seed)
+    return imported[1], imported[2]
 
 
 def _build(function: Callable[[], Any], spec: str, directory: Path | None, seed: int) -> nn.Module:
@@ -119,7 +130,8 @@ def load_weights(model: nn.Module, file: Path) -> None:
     except SafetensorError as error:
         _refuse(f"{file} is not a safetensors file: {error}", key)
     except RuntimeError as error:
-        _refuse(f"{file} does not fit the model: {str(error).strip().splitlines()[-1].strip()}", key)
+        found = str(error).strip().splitlines()[-1].strip().rstrip(".")
+        _refuse(f"{file} does not fit the model: {found}; save the weights of the model that the factory builds", key)
     # A counter that only BatchNorm with momentum=None reads; many exports leave it out.
     missing = sorted(name for name in missing if not name.endswith("num_batches_tracked"))
     if missing or unexpected:

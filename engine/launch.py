@@ -33,6 +33,7 @@ from engine.methods import derive_seed
 from engine.metrics import Metrics
 from engine.policy import Log, Policy
 from engine.policyfile import LoadedPolicy
+from engine.preflight import check
 from engine.reader import Reader
 from engine.reload import HIGH_BATCHES, Reloader
 from engine.runner import Runner
@@ -250,7 +251,11 @@ def run_policy(
         missing = "streams: missing; a policy without streams serves for 'adaptd backtest' alone"
         raise loaded.locate(PolicyFileError(missing))
     state = loaded.resolve(policy.state)
-    _usable(state)
+    try:
+        _usable(state)
+    except StorageError as error:
+        raise StorageError(f"{loaded.origin('state')}: {error}") from error
+    check(loaded)
     disk = LocalDisk(allow_network=policy.checkpoint.allow_network)
     with CheckpointStore(state, keep=policy.checkpoint.keep, disk=disk) as store, _listening(loaded) as sock:
         if fresh:

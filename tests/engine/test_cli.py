@@ -272,6 +272,65 @@ def test_a_port_that_is_taken_is_told_with_the_line_that_names_it(project: Path,
     assert not (project / "predictions.jsonl").exists()
 
 
+def test_validate_finds_what_a_run_would_refuse_without_running_any_of_it(project: Path, adaptd: Adaptd) -> None:
+    policy = project / "policy.yaml"
+    (project / "model.py").write_text("raise SystemExit(99)\ndef build(): ...\ndef needy(size): ...\n")
+    ended = adaptd("validate", policy)
+    assert ended.code == 0
+    assert "not checked: what the model's factory gives when it is called" in ended.out
+    (project / "text").write_text("no tensors")
+    (project / "empty").mkdir()
+    cases = {
+        "model.factory=./nowhere.py:build": "model.factory: there is no file",
+        "model.factory=./model.py:make": "model.factory: ./model.py:make: there is no function make in model.py",
+        "model.factory=./model.py:needy": "needy needs arguments; expected a function that takes none",
+        "model.factory=os.path:join": "os.path may not be imported; list its package in model.allowed_prefixes",
+        "model.weights=./gone.safetensors": "model.weights: there is no file",
+        "model.weights=./text": "model.weights: .* is not a safetensors file",
+        "model.device=cuda:99": "model.device: cuda:99 is not on this machine",
+        "streams.data.file=./gone.jsonl": "streams.data.file: there is no file",
+        "streams.feedback.file=./empty": "streams.feedback.file: .* holds no file whose name ends in",
+        "streams.predictions.file=./no/where.jsonl": "streams.predictions.file: there is no directory",
+        "state=./text/state": "state: .*text is not a directory",
+    }
+    for override, said in cases.items():
+        ended = adaptd("validate", policy, "--set", override)
+        assert ended.code == 78, override
+        assert re.search(rf"--set {override.partition('=')[0]}: .*{said}|--set .*{said}", ended.err), ended.err
+    assert not (project / "state").exists()
+
+
+def test_validate_looks_for_a_factory_in_a_package_without_importing_it(project: Path, adaptd: Adaptd) -> None:
+    prefix = ("--set", "model.allowed_prefixes=[lib2to3, engine]")
+    for factory, code in {
+        "engine.demo.model:build_nothing": 78,
+        "engine.cli:main": 0,
+        "engine.nowhere:build": 78,
+    }.items():
+        ended = adaptd("validate", project / "policy.yaml", *prefix, "--set", f"model.factory={factory}")
+        assert ended.code == code, ended.err
+    assert "no module is named 'engine.nowhere'" in ended.err
+
+
+def test_checkpoints_are_shown_by_number_and_the_newest_by_no_name(project: Path, adaptd: Adaptd) -> None:
+    assert adaptd("run", project / "policy.yaml").code == 0
+    newest = adaptd("checkpoint", "show", project / "state")
+    assert newest.code == 0
+    first = adaptd("checkpoint", "show", project / "state", "0")
+    assert json.loads(first.out)["manifest"]["step"] == 0
+    assert json.loads(newest.out)["manifest"]["step"] > 0
+
+
+def test_of_several_checkpoints_every_one_is_verified(project: Path, adaptd: Adaptd) -> None:
+    assert adaptd("run", project / "policy.yaml").code == 0
+    newest = max((project / "state").glob("ckpt-*"))
+    (newest / "meta.json").write_text("{}")
+    ended = adaptd("checkpoint", "verify", project / "state")
+    assert ended.code == 74
+    assert "ckpt-000000000000: good" in ended.out
+    assert "1 of 2 checkpoints cannot be used" in ended.err
+
+
 # -- the state directory ------------------------------------------------------------------------------------------
 
 
@@ -305,7 +364,8 @@ def test_without_a_valid_checkpoint_nothing_begins_anew_by_itself(project: Path,
         assert "ckpt-000000000000: " in ended.err
     ended = adaptd("checkpoint", "verify", project / "state")
     assert ended.code == 74
-    assert re.search(r"checkpoint .*ckpt-\d+ cannot be used: model\.safetensors", ended.err), ended.err
+    assert len(re.findall(r"ckpt-\d+: .* cannot be used: model\.safetensors", ended.out)) == 2, ended.out
+    assert "2 of 2 checkpoints cannot be used" in ended.err
     assert adaptd("run", project / "policy.yaml", "--fresh").code == 0
     assert adaptd("checkpoint", "verify", project / "state").code == 0
 
