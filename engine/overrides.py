@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
@@ -15,6 +16,11 @@ PREFIX: Final = "ADAPTD_"
 
 _ALTERNATIVE: Final = {"kafka": "file", "file": "kafka"}
 """Keys of one stream that exclude each other: the one above replaces the other below."""
+
+_OTHERS: Final = tuple(
+    PREFIX + rest for rest in ("FAILPOINT", "TEST_", "CRASH_", "BROKER_", "CACHE", "VENV", "REQUIRE_", "BENCHMARK_")
+)
+"""What begins like a variable of a policy and is none: tests and their tools."""
 
 _KEY = re.compile(r"[A-Za-z0-9_]+(?:\.[A-Za-z0-9_]+)*")
 
@@ -33,7 +39,7 @@ def flags(overrides: Sequence[str], problems: list[str]) -> Entry:
 
 
 def variables(environ: Mapping[str, str], problems: list[str]) -> Entry:
-    """A tree of variables ``ADAPTD_SECTION__KEY``; others that begin with ``ADAPTD_`` are none of a policy's."""
+    """A tree of variables ``ADAPTD_SECTION__KEY``; see also `unknown_variables`."""
     tree = Entry({}, "the environment")
     for name, parts in sorted(_named(environ)):
         if parts[0] not in Policy.model_fields:
@@ -42,6 +48,33 @@ def variables(environ: Mapping[str, str], problems: list[str]) -> Entry:
             continue
         tree = _over(tree, parts, environ[name], name, problems)
     return tree
+
+
+def unknown_variables(environ: Mapping[str, str], tree: Entry) -> Iterator[str]:
+    """A sentence for each variable ``ADAPTD_...`` that means nothing, which most likely is a slip of the pen.
+
+    Args:
+        environ: The environment.
+        tree: The policy so far; variables that it names, as those of secrets, mean what it says.
+    """
+    named = set(_values_of_env(tree))
+    known = [PREFIX + field.upper() for field in Policy.model_fields]
+    meant = {name for name, _ in _named(environ)}
+    for name in sorted(environ):
+        if not name.startswith(PREFIX) or name in meant or name in named or name.startswith(_OTHERS):
+            continue
+        near = difflib.get_close_matches(name.upper(), known, n=1)
+        hint = f"did you mean {near[0]}? A" if near else "a"
+        yield f"{name}: no such variable; {hint} key of a policy is written ADAPTD_SECTION__KEY"
+
+
+def _values_of_env(tree: Entry) -> Iterator[str]:
+    """Names of variables that a policy takes secrets from."""
+    if isinstance(tree.value, dict):
+        for key, entry in tree.value.items():
+            if key.endswith("_env") and isinstance(entry.value, str):
+                yield entry.value
+            yield from _values_of_env(entry)
 
 
 def _named(environ: Mapping[str, str]) -> Iterator[tuple[str, list[str]]]:

@@ -28,6 +28,12 @@ def _regular_expression(pattern: str) -> str:
     return pattern
 
 
+def _device(name: str) -> str:
+    if re.fullmatch("auto|cpu|cuda(:[0-9]{1,3})?", name) is None:
+        raise ValueError(f"{name!r} is not a device. Expected: auto, cpu, cuda, or cuda:1 for the second one")
+    return name
+
+
 def _no_adaptation() -> AdaptationSpec:
     return AdaptationSpec.model_validate({"method": "none"})
 
@@ -68,7 +74,7 @@ class Model(Section):
     """What builds the model: ``./file.py:function`` beside this file, or ``package.module:function``."""
     weights: Path | None = None
     """Safetensors file to load into the model; none keeps what the factory gave."""
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:[0-9]{1,3})?)$")] = "auto"
+    device: Annotated[str, AfterValidator(_device)] = "auto"
     """Where to compute: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``."""
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """Threads of one tensor operation on the CPU; none leaves it to PyTorch."""

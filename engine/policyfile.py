@@ -21,7 +21,7 @@ import yaml
 from pydantic import ValidationError
 
 from engine.errors import PolicyFileError
-from engine.overrides import flags, merge, variables
+from engine.overrides import flags, merge, unknown_variables, variables
 from engine.policy import Policy
 from engine.policycheck import impossible
 from engine.problems import Key, Problem, coerced, is_secret, nearest, path, problems_of
@@ -68,7 +68,11 @@ class LoadedPolicy:
         """An error of a later check, ``key.path: text`` a line, with file and line before each."""
         lines = [line for line in str(error).splitlines() if line]
         found = [(re.match(r"([a-z_]+(?:\.[a-z0-9_]+)*): ", line), line) for line in lines]
-        return PolicyFileError("\n".join(f"{self.origin(key[1] if key else '')}: {line}" for key, line in found))
+        told = []
+        for key, line in found:
+            origin = self.origin(key[1]) if key else self.source
+            told.append(f"--set {line}" if key and origin == f"--set {key[1]}" else f"{origin}: {line}")
+        return PolicyFileError("\n".join(told))
 
 
 def presets() -> list[str]:
@@ -98,6 +102,7 @@ def load(
         file, source = Path(path_or_preset).absolute(), name
         base = file.parent
         tree = _root(parse(_read(Path(path_or_preset)), source, problems), source)
+    problems += unknown_variables(environ, tree)
     tree = merge(tree, merge(variables(environ, problems), flags(overrides, problems), problems), problems)
     tree = _with_preset(tree, problems)
     policy = _validate(tree, problems)
@@ -214,8 +219,23 @@ def _validate(tree: Entry, problems: list[str]) -> Policy | None:
     first: dict[Key, Problem] = {}
     for problem in found:
         first.setdefault(problem.key, problem)
-    problems += [f"{_origin_of(tree, problem.key)}: {path(problem.key)}: {problem.text}" for problem in first.values()]
+    for problem in first.values():
+        place = _placed(_origin_of(tree, problem.key), path(problem.key))
+        # What the parser refused has no value that anything more could be said of, nor has a list of what is wrong.
+        if not any(told.startswith(f"{place}: ") for told in problems) and not _follows(problem, first):
+            problems.append(f"{place}: {problem.text}")
     return None if problems else policy
+
+
+def _placed(origin: str, key: str) -> str:
+    """Where a key was given, and the key; a flag names it already."""
+    return origin if origin == f"--set {key}" else f"{origin}: {key}"
+
+
+def _follows(problem: Problem, others: Mapping[Key, Problem]) -> bool:
+    """Whether a list is too short only for what is wrong with its items."""
+    below = [key for key in others if key[:-1] == problem.key]
+    return bool(below) and "after validation" in problem.text
 
 
 def _put_raw(tree: Entry, key: Key) -> bool:
@@ -238,7 +258,15 @@ def _origin_of(tree: Entry, key: Key) -> str:
         except (KeyError, IndexError, TypeError):
             break
         origin = tree.origin
+    else:
+        return _overridden(tree) or origin
     return origin
+
+
+def _overridden(tree: Entry) -> str:
+    """Which flag or variable has changed something directly in a mapping, if one has."""
+    given = [entry.origin for entry in tree.value.values()] if isinstance(tree.value, dict) else []
+    return next((origin for origin in given if origin.startswith(("--set ", "ADAPTD_"))), "")
 
 
 def _origins(tree: Entry, key: Key = ()) -> Iterable[tuple[str, str]]:

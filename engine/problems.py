@@ -113,8 +113,8 @@ def show(value: Any) -> str:
 def nearest(name: str, known: Sequence[str]) -> str:
     """A hint at the nearest valid name, and the valid names."""
     near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.6)
-    hint = f"; did you mean {near[0]!r}?" if near else ";"
-    return f"{hint} Known here: {', '.join(known)}" if known else f"{hint} no key is known here"
+    hint = f"; did you mean {near[0]!r}?" if near else "."
+    return f"{hint} Known here: {', '.join(known)}" if known else ("; no key is known here" if not near else hint)
 
 
 def keys_at(key: Key, data: Any) -> list[str]:
@@ -179,7 +179,7 @@ def _sentence(error: Mapping[str, Any], key: Key, data: Any) -> str:
 
 def _choices(value: Any, allowed: Sequence[str]) -> str:
     near = difflib.get_close_matches(str(value).lower(), allowed, n=1)
-    return (f"; did you mean {near[0]!r}?" if near else ";") + f" Expected: {', '.join(allowed)}"
+    return (f"; did you mean {near[0]!r}?" if near else ".") + f" Expected: {', '.join(allowed)}"
 
 
 def _expectation(message: str) -> str:

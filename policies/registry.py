@@ -68,7 +68,7 @@ def find(kind: str, name: str) -> type[Any]:
     methods = known(kind)
     if name not in methods:
         near = difflib.get_close_matches(name, methods, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = f"; did you mean {near[0]!r}?" if near else "."
         raise PolicyError(f"no {kind} method is named {name!r}{hint} Known: {', '.join(sorted(methods))}")
     module, _, attribute = methods[name].partition(":")
     method = getattr(importlib.import_module(module), attribute)

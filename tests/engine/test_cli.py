@@ -245,7 +245,7 @@ def test_a_model_file_that_is_missing_is_told_with_file_and_line(project: Path, 
 def test_weights_that_are_missing_are_told_with_the_line_or_flag_that_names_them(project: Path, adaptd: Adaptd) -> None:
     ended = adaptd("run", project / "policy.yaml", "--set", "model.weights=./w.safetensors")
     assert ended.code == 78
-    assert re.search(r"--set model\.weights.*: model\.weights: there is no file", ended.err), ended.err
+    assert re.search(r"--set model\.weights: there is no file", ended.err), ended.err
 
 
 def test_a_model_that_does_not_fit_the_inputs_is_told(project: Path, adaptd: Adaptd) -> None:

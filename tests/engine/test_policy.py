@@ -191,8 +191,8 @@ def test_a_flag_where_text_belongs_is_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "told"),
     [
-        ("batching.maxsize=1", "--set batching.maxsize: batching.maxsize: unknown key 'maxsize'; did you mean"),
-        ("batching.max_size=lots", "--set batching.max_size: batching.max_size: 'lots' is not what belongs here"),
+        ("batching.maxsize=1", "--set batching.maxsize: unknown key 'maxsize'; did you mean"),
+        ("batching.max_size=lots", "--set batching.max_size: 'lots' is not what belongs here"),
         ("batching", "--set batching: expected KEY=VALUE"),
         ("=1", "--set : expected KEY=VALUE"),
         ("safeguards.4.capacity=1", "--set safeguards.4.capacity: there is no item 4"),
@@ -299,3 +299,19 @@ def test_inline_joins_need_nothing_said_about_disk(tmp_path: Path) -> None:
     file = tmp_path / "policy.yaml"
     file.write_text("version: 1\nmodel: {factory: ./m.py:f, inputs: {shape: [2]}}\njoin: {mode: inline}\n")
     assert load(str(file), (), {}).policy.join.mode == "inline"
+
+
+def test_a_variable_that_means_nothing_is_told_with_the_nearest_that_does(tmp_path: Path) -> None:
+    file = write(tmp_path, KAFKA)
+    with pytest.raises(PolicyFileError, match=r"^ADAPTD_SED: no such variable; did you mean ADAPTD_SEED\?"):
+        load(file, environ={"ADAPTD_SED": "3"})
+    assert load(file, environ={"ADAPTD_CRASH_SEED": "3", "ADAPTD_TEST_X": "1", "OTHER": "2"}).policy.seed == 0
+    secret = "sasl_mechanism: PLAIN, sasl_plain_username: me, sasl_plain_password_env: ADAPTD_PASS, security_protocol"
+    text = KAFKA.replace("group: digits", f"group: digits, {secret}: SASL_SSL")
+    assert load(write(tmp_path, text), environ={"ADAPTD_PASS": "x"}).policy.seed == 0
+
+
+def test_what_a_flag_changed_in_a_stream_is_told_with_the_flag(tmp_path: Path) -> None:
+    text = BASE + "streams:\n  data: {file: d.jsonl}\n  predictions: {file: p.jsonl}\n"
+    with pytest.raises(PolicyFileError, match=r"^--set streams\.data\.kafka: streams\.data: is a Kafka topic"):
+        load(write(tmp_path, text), ["streams.data.kafka=abc"], {})

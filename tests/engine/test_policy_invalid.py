@@ -64,7 +64,7 @@ NAMES = [
 
 TYPES = [
     ("model: {factory: x, inputs: {shape: [1]}}\n", 1, "version: missing"),
-    ("version: 2\n", 1, "version: 2 is not a choice; Expected: 1"),
+    ("version: 2\n", 1, "version: 2 is not a choice. Expected: 1"),
     ("version: 1\nmodel: {inputs: {shape: [1]}}\n", 2, "model.factory: missing"),
     ("version: 1\nmodel:\n", 2, "model: nothing (null) is not what belongs here; expected a mapping"),
     (BASE + "batching: 64\n", 5, "batching: 64 is not what belongs here; expected a mapping"),
@@ -94,7 +94,7 @@ TYPES = [
     (
         "version: 1\nmodel: {factory: x, device: gpu, inputs: {shape: [1]}}\n",
         2,
-        "model.device: 'gpu': expected text that",
+        "model.device: 'gpu' is not a device. Expected: auto, cpu",
     ),
     ("version: 1\nmodel: {factory: x, inputs: {shape: []}}\n", 2, "model.inputs.shape: a list: expected a list of at"),
     ("version: 1\nmodel: {factory: x, inputs: {shape: [3, 0]}}\n", 2, "model.inputs.shape.1: 0: expected greater"),
