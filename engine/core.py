@@ -37,6 +37,7 @@ from policies.interfaces import (
 )
 from streams.codec import Event, Feedback
 from streams.join import Joined, JoinStore, Waiting
+from streams.seams import failpoint
 
 MAX_DEFERRED = 64
 """Batches whose adaptation may wait for a background job before serving waits too; bounds memory."""
@@ -270,6 +271,7 @@ class Core:
     def done(self) -> None:
         """Take in the finished job: its audit rows, what it learned, and its release decision."""
         assert self.job is not None
+        failpoint("job.take")
         job, self.job = self.job, None
         self.last_job = job
         self.audit.add(job.audited, job.source_classes, job.release_classes)

@@ -28,6 +28,7 @@ from engine.reader import Chunk, Reader
 from engine.runner import Runner
 from engine.writer import Writer
 from streams.base import Positions, StreamUnavailableError
+from streams.seams import failpoint
 
 T = TypeVar("T")
 
@@ -369,6 +370,7 @@ class Daemon:
     async def _drain(self) -> None:
         """Finish the job, flush answers, checkpoint, commit, leave."""
         self._leaving.set()
+        failpoint("drain")
         self.state = "draining"
         started = time.monotonic()
         async with self.turn:

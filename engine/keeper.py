@@ -26,6 +26,7 @@ from engine.errors import StorageError
 from policies.interfaces import State, load_weights
 from streams.base import Positions
 from streams.journal import Entry, Journal
+from streams.seams import failpoint
 
 log = structlog.get_logger("adaptd")
 
@@ -79,7 +80,9 @@ class Keeper:
         self.fallbacks = len(loaded.fallbacks)
         for fallback in loaded.fallbacks:
             log.error("checkpoint_passed_over", name=fallback.name, reason=fallback.reason)
+        failpoint("restore.loaded")
         self._apply(loaded, core)
+        failpoint("restore.applied")
         self.sequence = self.saved_step = loaded.step
         entries = list(self.journal.read(loaded.step, after=loaded.step))
         self.journal.reopen()
@@ -167,6 +170,7 @@ class Keeper:
         }
         joins = core.joins.snapshot()
         parts["join.bin"] = joins.write
+        failpoint("snapshot")
         self.journal.start(self.sequence)
         return Snapshot(self.sequence, parts, meta)
 
@@ -175,6 +179,7 @@ class Keeper:
         saved = self.store.save(
             snapshot.step, snapshot.parts, snapshot.meta, config_digest=self._digest, parent=self.saved_step
         )
+        failpoint("checkpoint.saved")
         self.saved_step = snapshot.step
         oldest = self.store.oldest_kept()
         if oldest is not None:

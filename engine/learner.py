@@ -29,6 +29,7 @@ from policies.interfaces import (
 )
 from policies.weighting import compose
 from streams.join import Joined
+from streams.seams import failpoint
 
 
 @dataclass(slots=True)
@@ -91,6 +92,7 @@ class Learner:
 
     def run(self, job: Job) -> None:
         """Audit, learn, attempt a release. Touches nothing that serving uses."""
+        failpoint("learn.begin")
         self._judge(job)
         if job.learned and self.enabled:
             self._learn(job)
@@ -98,6 +100,7 @@ class Learner:
             self._attempt(job)
         if self.host.device.type == "cuda":
             torch.cuda.current_stream(self.host.device).synchronize()
+        failpoint("learn.end")
 
     def _judge(self, job: Job) -> None:
         """Have source model and release predict the audited rows."""

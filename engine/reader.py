@@ -21,6 +21,7 @@ from engine.cutter import Bad, Item
 from streams.base import Found, Partition, Positions, Record, Source, StreamUnavailableError
 from streams.codec import InputSpec, decode_events, decode_feedback
 from streams.journal import Kind
+from streams.seams import failpoint
 
 POLL_RECORDS = 512
 POLL_SECONDS = 0.1
@@ -174,6 +175,7 @@ class Reader:
                 records = self._poll()
                 self.last_poll = now = time.monotonic()
                 if records:
+                    failpoint("reader.polled")
                     self._give(records)
                 self._announce_end()
                 if self._announced and len(self._announced) == len(self.partitions):
@@ -236,7 +238,9 @@ class Reader:
             self._given[stream] += len(part)
             self.bytes += sum([len(record.value) for record in part])
         self.seen += len(records)
+        failpoint("reader.decoded")
         anyio.from_thread.run_sync(self._hand_over, Chunk(items))
+        failpoint("reader.handed")
 
     def _announce_end(self) -> None:
         ended = self._source.ended()
@@ -246,10 +250,12 @@ class Reader:
 
     def _commit(self) -> None:
         if self._commits:
+            failpoint("reader.commit")
             try:
                 self._source.commit(self._commits.pop())
             except StreamUnavailableError:
                 return  # advisory: the next one covers it
+            failpoint("reader.committed")
 
 
 def _by_stream(records: Sequence[Record]) -> list[tuple[str, Sequence[Record]]]:

@@ -14,6 +14,7 @@ from engine.writer import Outgoing, Writer
 from streams.base import Positions
 from streams.codec import Event, Feedback
 from streams.journal import Entry, Kind
+from streams.seams import failpoint
 
 
 class Runner:
@@ -37,6 +38,7 @@ class Runner:
     def apply(self, cuts: Sequence[Cut]) -> None:
         """Apply cuts; each is in the journal before anything changes."""
         for cut in cuts:
+            failpoint("cut")
             self._journal(cut)
             if cut.kind is Kind.DONE:
                 self._done_again()
@@ -53,6 +55,7 @@ class Runner:
         if cut.replayed:
             self.replayed += 1
             self.metrics.replayed()
+            failpoint("replay")
             return
         self.keeper.journal.append(Entry(self.keeper.sequence, cut.kind, self.core.watermark, cut.runs))
 
@@ -65,6 +68,7 @@ class Runner:
         if good:
             started = time.perf_counter()
             self.core.feedback(cast("list[Feedback]", good))
+            failpoint("feedback.joined")
             self.metrics.feedback(good, time.perf_counter() - started)
         self.writer.put(Outgoing(bad=bad, positions=positions))
 
@@ -72,9 +76,12 @@ class Runner:
         started = time.perf_counter()
         answers = self.core.answer(events)
         answered = time.perf_counter()
+        failpoint("answered")
         self.writer.put(Outgoing(answers, bad, positions))
         put = time.perf_counter()
+        failpoint("answers.put")
         self.core.follow()
+        failpoint("followed")
         self.metrics.batch(events, answered - started, time.perf_counter() - put)
 
     def _done_again(self) -> None:
@@ -90,6 +97,7 @@ class Runner:
         self.keeper.sequence += 1
         self.keeper.journal.append(Entry(self.keeper.sequence, Kind.DONE, self.core.watermark, ()))
         self.core.done()
+        failpoint("job.taken")
         self.metrics.watch(self.core)
 
     def finish(self) -> None:

@@ -33,6 +33,7 @@ from streams.base import (
     Transactions,
 )
 from streams.codec import Form, dead_letter, encode_predictions
+from streams.seams import failpoint
 
 QUEUE_BATCHES = 32
 FLUSH_SECONDS = 0.05
@@ -215,8 +216,10 @@ class Writer:
         started = time.perf_counter()
         if item.answers is not None and self._predictions is not None:
             messages, records = self._encode(item.answers)
+            failpoint("writer.encoded")
             if messages:
                 self._send(self._predictions, messages, records)
+                failpoint("writer.sent")
                 self.sent += len(messages)
                 self._metrics.records_out(self._predictions.name, len(messages))
         for bad in item.bad:
@@ -308,8 +311,10 @@ class Writer:
         for sink in self._sinks:
             self._retry(sink.name, lambda sink=sink: sink.flush(FLUSH_TIMEOUT_SECONDS))  # type: ignore[misc]
         self._dirty = False
+        failpoint("writer.flushed")
         answered = self.answered  # what is repeated from the journal must not take committed offsets back
         self._flushed({p: at for p, at in self._positions.items() if at > answered.get(p, 0)})
+        failpoint("writer.passed")
 
     def _retry(self, name: str, action: Callable[[], None]) -> None:
         """Do it, with backoff for as long as the other side does not answer.

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from streams.base import Partition, StreamError
+from streams.seams import failpoint
 
 HEAD_BYTES: Final = 1024
 """A file is known by the checksum of this many first bytes; they never change while a file only grows."""
@@ -118,7 +119,9 @@ class FileState:
                 file.write(json.dumps(_encode(self.partitions), indent=1).encode())
                 file.flush()
                 os.fsync(file.fileno())
+            failpoint("files.written")
             temporary.replace(self._path)
+            failpoint("files.renamed")
             sync_directory(self._path.parent)
         except OSError as error:
             raise StreamError(f"cannot write {self._path}: {error.strerror}") from error

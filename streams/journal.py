@@ -94,6 +94,7 @@ class Journal:
             if step < self._step:
                 raise JournalError(f"{self._path(step)} cannot begin after that of step {self._step}; steps only grow")
         descriptor = self._make(step)
+        failpoint("journal.begun")
         self.close()
         self._descriptor, self._step, self._size, self._is_new = descriptor, step, HEADER_BYTES, True
 
@@ -123,8 +124,9 @@ class Journal:
             raise JournalError(f"the journal in {self._directory} is closed; restart from the last checkpoint")
         if self._next is not None and entry.sequence != self._next:
             raise JournalError(f"entry {entry.sequence} cannot follow {self._next - 1} in {self._path(self._step)}")
-        self._write(pack_entry(entry))
         failpoint("journal.append")
+        self._write(pack_entry(entry))
+        failpoint("journal.appended")
         self._next = entry.sequence + 1
         if self._sync_each:
             self.sync()
@@ -253,6 +255,7 @@ class Journal:
         """
         old = [other for other in self._steps() if other < step and other != self._step]
         for other in old:
+            failpoint("journal.drop")
             self._remove(other)
         return len(old)
 

@@ -11,8 +11,48 @@ import signal
 import time
 from typing import Protocol
 
-FAILPOINTS = ("journal.append", "reload.take")
-"""Every failpoint there is, for those who sweep them."""
+FAILPOINTS = (
+    "reader.polled",
+    "reader.decoded",
+    "reader.handed",
+    "reader.commit",
+    "reader.committed",
+    "cut",
+    "replay",
+    "journal.append",
+    "journal.appended",
+    "journal.begun",
+    "journal.drop",
+    "answered",
+    "answers.put",
+    "followed",
+    "feedback.joined",
+    "learn.begin",
+    "learn.end",
+    "job.take",
+    "job.taken",
+    "writer.encoded",
+    "writer.sent",
+    "writer.flushed",
+    "writer.passed",
+    "snapshot",
+    "checkpoint.saved",
+    "restore.loaded",
+    "restore.applied",
+    "drain",
+    "reload.take",
+    "files.written",
+    "files.renamed",
+    "disk.mkdir",
+    "disk.create",
+    "disk.write",
+    "disk.fsync",
+    "disk.rename",
+    "disk.sync_dir",
+    "disk.unlink",
+    "disk.rmdir",
+)
+"""Every failpoint there is, for those who sweep them. None is passed more than a few times for one batch of records."""
 
 
 class Clock(Protocol):
@@ -50,6 +90,17 @@ def _parse(text: str) -> dict[str, int]:
 
 
 _armed = _parse(os.environ.get("ADAPTD_FAILPOINT", ""))
+
+
+def arm(text: str) -> None:
+    """Arm failpoints as ``ADAPTD_FAILPOINT`` does when the process starts; those armed before are forgotten.
+
+    Raises:
+        ValueError: There is no such failpoint, or the count is none.
+    """
+    armed = _parse(text)
+    _armed.clear()
+    _armed.update(armed)
 
 
 def failpoint(name: str) -> None:

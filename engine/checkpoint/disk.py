@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import BinaryIO, Literal, Protocol, cast
 
 from engine.checkpoint.lock import take_directory
+from streams.seams import failpoint
 
 Kind = Literal["file", "directory", "link", "other"]
 
@@ -107,15 +108,18 @@ class LocalDisk:
 
     def mkdir(self, path: Path) -> None:
         """See `Disk.mkdir`."""
+        failpoint("disk.mkdir")
         os.mkdir(path, 0o700)
 
     def create(self, path: Path) -> BinaryIO:
         """See `Disk.create`."""
+        failpoint("disk.create")
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         return cast("BinaryIO", os.fdopen(handle, "wb", buffering=0))
 
     def fsync(self, file: BinaryIO) -> None:
         """See `Disk.fsync`."""
+        failpoint("disk.fsync")
         os.fsync(file.fileno())
 
     def open(self, path: Path) -> BinaryIO:
@@ -129,10 +133,12 @@ class LocalDisk:
 
     def rename(self, old: Path, new: Path) -> None:
         """See `Disk.rename`."""
+        failpoint("disk.rename")
         os.rename(old, new)
 
     def sync_dir(self, path: Path) -> None:
         """See `Disk.sync_dir`."""
+        failpoint("disk.sync_dir")
         handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             os.fsync(handle)
@@ -141,10 +147,12 @@ class LocalDisk:
 
     def unlink(self, path: Path) -> None:
         """See `Disk.unlink`."""
+        failpoint("disk.unlink")
         os.unlink(path)
 
     def rmdir(self, path: Path) -> None:
         """See `Disk.rmdir`."""
+        failpoint("disk.rmdir")
         os.rmdir(path)
 
     def free_bytes(self, path: Path) -> int:

@@ -20,6 +20,7 @@ from engine.checkpoint.state import unflatten
 from engine.checkpoint.strict import Json, dumps, loads
 from engine.checkpoint.tensors import read_tensors
 from policies.interfaces import State
+from streams.seams import failpoint
 
 MANIFEST = "MANIFEST"
 META = "meta.json"
@@ -150,6 +151,7 @@ class HashingFile(io.BufferedIOBase):
         if not view.nbytes:
             return 0
         view = view.cast("B")
+        failpoint("disk.write")
         for start in range(0, len(view), CHUNK):
             chunk = view[start : start + CHUNK]
             self._hash.update(chunk)

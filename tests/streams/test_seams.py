@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from streams import seams
 from streams.seams import FAILPOINTS, SystemClock
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,7 +41,19 @@ def test_without_being_armed_it_does_nothing() -> None:
 def test_what_cannot_be_armed_is_refused_with_the_names_there_are(armed: str) -> None:
     code, said = run(armed)
     assert code == 1
-    assert b"write name:n, the name one of journal.append" in said
+    assert b"write name:n, the name one of reader.polled, " in said
+
+
+def test_arming_anew_forgets_what_was_armed_before() -> None:
+    seams.arm("cut:1")
+    seams.arm("replay:2")
+    seams.failpoint("cut")
+    assert seams._armed == {"replay": 2}
+    with pytest.raises(ValueError, match="write name:n"):
+        seams.arm("cut:0")
+    assert seams._armed == {"replay": 2}
+    seams.arm("")
+    assert seams._armed == {}
 
 
 def test_every_failpoint_in_the_code_is_listed_and_every_listed_one_is_in_the_code() -> None:
