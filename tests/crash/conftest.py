@@ -1,18 +1,26 @@
-"""Fixtures of the crash tier: a prepared demonstration, and what an uninterrupted run makes of it."""
+"""Fixtures of the crash tier: the zygote, workloads and what uninterrupted runs make of them, and the report."""
 
+import json
 import os
-import shutil
-import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
-from engine.demo.main import _prepare
+from tests.broker.conftest import admin, bootstrap, node, settings, topic
+from tests.crash import workload
+from tests.crash.sweep import FileTrial, Report
+from tests.crash.verifier import truth_of
+from tests.crash.workload import Workload
+from tests.crash.zygote import Zygote
 
-EVENTS = 6000
+__all__ = ["admin", "bootstrap", "node", "settings", "topic"]
+
+EVENTS = 600
+POLICIES = {"bn": workload.POLICY, "rotta": workload.ROTTA}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -21,36 +29,63 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.crash)
 
 
-def command(directory: Path) -> list[str]:
-    return [sys.executable, "-m", "engine.cli", "run", str(directory / "policy.yaml")]
+@dataclass(frozen=True)
+class Budget:
+    """How much the whole tier may do; every sweep takes its share."""
 
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "ADAPTD_CHECKPOINT__EVERY": "300ms"}
-
-
-@pytest.fixture(scope="session")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("prepared")
-    _prepare(directory, EVENTS, 0, Console(quiet=True))
-    return directory
-
-
-@pytest.fixture
-def fresh(prepared: Path, tmp_path: Path) -> Iterator[Callable[[], Path]]:
-    made: list[Path] = []
-
-    def make() -> Path:
-        made.append(Path(shutil.copytree(prepared, tmp_path / f"run{len(made)}")))
-        return made[-1]
-
-    yield make
-    for directory in made:
-        shutil.rmtree(directory, ignore_errors=True)
+    kills: float = float(os.environ.get("ADAPTD_CRASH_KILLS", "1000"))
+    seconds: float = float(os.environ.get("ADAPTD_CRASH_SECONDS", "inf"))
+    seed: int = field(default_factory=lambda: int(os.environ.get("ADAPTD_CRASH_SEED", time.time_ns() % 2**32)))
 
 
 @pytest.fixture(scope="session")
-def uninterrupted(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = Path(shutil.copytree(prepared, tmp_path_factory.mktemp("whole") / "run"))
-    subprocess.run(command(directory), env=environment(), check=True, timeout=120)
-    return directory
+def budget() -> Budget:
+    return Budget()
+
+
+@pytest.fixture(scope="session")
+def zygote() -> Iterator[Zygote]:
+    with Zygote() as started:
+        yield started
+
+
+@pytest.fixture(scope="session")
+def work() -> Workload:
+    return workload.make(EVENTS)
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(zygote: Zygote, work: Workload, tmp_path_factory: pytest.TempPathFactory) -> dict[str, FileTrial]:
+    """A run that nobody killed, by policy."""
+    runs = {}
+    for name, policy in POLICIES.items():
+        directory = tmp_path_factory.mktemp("whole")
+        workload.write(directory, work, policy)
+        runs[name] = FileTrial(zygote, directory, truth_of(work))
+        assert not runs[name].wait(runs[name].start(""), None)
+    return runs
+
+
+@pytest.fixture(scope="session")
+def reports() -> Iterator[list[Report]]:
+    """What the sweeps of this session found; written where ``ADAPTD_CRASH_RESULT`` says."""
+    made: list[Report] = []
+    yield made
+    path = os.environ.get("ADAPTD_CRASH_RESULT")
+    if path and made:
+        Path(path).write_text(json.dumps(summary(made), indent=2) + "\n")
+
+
+def summary(reports: list[Report]) -> dict[str, object]:
+    sweeps = {report.name: report.as_json() for report in reports}
+    totals = {
+        key: sum(sweep[key] for sweep in sweeps.values())
+        for key in ("kills", "lost", "applied_twice", "missing", "different", "duplicates")
+    }
+    return {"command": command(), "python": sys.version.split()[0], **totals, "sweeps": sweeps}
+
+
+def command() -> str:
+    """What gives these results again, but for the instants of random kills."""
+    given = {key: value for key, value in sorted(os.environ.items()) if key.startswith("ADAPTD_CRASH_")}
+    return " ".join([*(f"{key}={value}" for key, value in given.items()), "make crash"])
