@@ -190,7 +190,9 @@ def checkpoint_verify(
     state: StateArgument,
     name: Annotated[str | None, typer.Argument(help="One checkpoint; all of them if none is named.")] = None,
 ) -> None:
-    """Check every byte of checkpoints against their manifests."""
+    """Check every byte of checkpoints against their manifests, and that the journal beside them is whole."""
+    from streams.journal import Journal
+
     store = _store(state)
     names = [_name(store, name)] if name else [info.name for info in store.list()]
     if not names:
@@ -204,8 +206,14 @@ def checkpoint_verify(
             out(f"{each}: {error}")
         else:
             out(f"{each}: good")
+    torn = 0
+    for path, damage in () if name else Journal(state).verify():
+        torn += bool(damage)
+        out(f"{path.name}: {damage or 'good'}")
     if bad:
         raise StorageError(f"{bad} of {len(names)} checkpoints cannot be used; a start passes over them")
+    if torn:
+        raise StorageError(f"{torn} journals are damaged; only checkpoints newer than those can be restored")
 
 
 def _version(asked: bool) -> None:

@@ -26,7 +26,7 @@ from engine.keeper import Snapshot
 from engine.metrics import Metrics
 from engine.reader import Chunk, Reader
 from engine.runner import Runner
-from engine.writer import Writer
+from engine.writer import Outgoing, Writer
 from streams.base import Positions, StreamUnavailableError
 from streams.seams import failpoint
 
@@ -153,6 +153,8 @@ class Daemon:
                 self.cutter.assigned(reader.partitions)
                 answered |= reader.committed
             self.writer.answered = answered
+            # What a checkpoint covers is out, though the process may have ended before it was committed.
+            self.writer.put(Outgoing(positions=dict(self.runner.positions)))
             if self.runner.keeper.saved_step is None:
                 await self._checkpoint(wait=True)
         except BaseException:

@@ -85,7 +85,9 @@ class Keeper:
         failpoint("restore.applied")
         self.sequence = self.saved_step = loaded.step
         entries = list(self.journal.read(loaded.step, after=loaded.step))
-        self.journal.reopen()
+        self.journal.reopen(after=loaded.step)
+        for path in self.journal.set_aside(loaded.step):
+            log.error("journal_set_aside", path=str(path), reason="damaged, and not needed by the checkpoint loaded")
         core.make_job()  # a checkpoint may lie between the end of a job and the start of the next
         return _positions(loaded.meta["positions"]), entries
 

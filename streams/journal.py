@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import re
+from bisect import bisect_right
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -38,6 +39,8 @@ __all__ = ["Entry", "Journal", "JournalError", "Kind", "Run", "runs_of"]
 
 _NAME = re.compile(r"journal-(\d{12,})\.log")
 _ADVICE = "bring the file back, or start anew with --fresh, which sets aside what is there"
+_BROKEN = "broken"
+_KEEP_BROKEN = 2
 _FLAGS = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
 
 
@@ -195,8 +198,12 @@ class Journal:
             return
         raise JournalError(f"{self._path(step)} has entry {entry.sequence} where {last + 1} belongs; {_ADVICE}")
 
-    def reopen(self) -> None:
+    def reopen(self, *, after: int | None = None) -> None:
         """Go on behind the last entry; its torn end is cut off. Does nothing where there is no segment.
+
+        Args:
+            after: The last sequence number that the loaded checkpoint covers, which is also its step: older segments
+                are not looked at.
 
         Raises:
             JournalError: The last segment is damaged or cannot be opened.
@@ -204,6 +211,9 @@ class Journal:
         self.close()
         steps = self._steps()
         for step in reversed(steps):
+            if after is not None and step < after:
+                self._next = after + 1
+                break
             placed = self._scan(step, is_last=step == steps[-1])
             if placed:
                 self._next = placed[-1].entry.sequence + 1
@@ -232,7 +242,7 @@ class Journal:
         steps = self._steps()
         base = 0
         keep, size = -1, 0
-        for step in steps:
+        for step in steps[max(bisect_right(steps, sequence) - 1, 0) :]:  # older ones hold nothing with a higher number
             placed = self._scan(step, is_last=step == steps[-1])
             base = placed[0].entry.sequence if placed else base
             if base <= sequence + 1 or keep < 0:
@@ -259,6 +269,53 @@ class Journal:
             self._remove(other)
         return len(old)
 
+    def set_aside(self, before: int) -> list[Path]:
+        """Move damaged segments older than that of a step into ``broken/``, and say where they are.
+
+        They are needed by older checkpoints alone: a start from the checkpoint of the step goes on without them. The
+        newest two are kept.
+
+        Raises:
+            JournalError: A segment cannot be read or moved.
+        """
+        moved = [self._set_aside(step) for step in self._steps() if step < before and self._damage(step)]
+        if moved:
+            broken = self._directory / _BROKEN
+            for old in sorted(broken.glob("journal-*.log"))[:-_KEEP_BROKEN]:
+                old.unlink()
+        return moved
+
+    def _set_aside(self, step: int) -> Path:
+        place = self._directory / _BROKEN / self._path(step).name
+        try:
+            place.parent.mkdir(mode=0o700, exist_ok=True)
+            self._path(step).rename(place)
+        except OSError as error:
+            raise JournalError(f"{self._path(step)} cannot be set aside: {error}; check the state directory") from error
+        return place
+
+    def verify(self) -> Iterator[tuple[Path, str]]:
+        """Read every segment and change nothing; yield its path and what is wrong with it, empty where nothing is.
+
+        A torn end of the last one is nothing wrong: the next start cuts it off, or it is being written just now.
+
+        Raises:
+            JournalError: A segment cannot be read.
+        """
+        steps = self._steps()
+        for step in steps:
+            yield self._path(step), self._damage(step, is_last=step == steps[-1])
+
+    def _damage(self, step: int, *, is_last: bool = False) -> str:
+        """What is wrong with a segment; its entries are proven whole and not unpacked."""
+        data = self._read(step)
+        at = HEADER_BYTES if data[:HEADER_BYTES] == pack_header(step) else 0
+        while at and at < len(data) and (payload := frame_at(data, at)) is not None:
+            at += frame_bytes(payload)
+        if (at and at == len(data)) or (is_last and not is_sound_after(data, at)):
+            return ""
+        return f"damaged at byte {at}"
+
     def close(self) -> None:
         """Let go of the file; nothing is synced. Safe to call twice."""
         if self._descriptor is not None:
@@ -277,11 +334,7 @@ class Journal:
 
     def _scan(self, step: int, *, is_last: bool) -> list[_Placed]:
         """Return the entries of one segment; of the last one, cut off a torn end."""
-        path = self._path(step)
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise JournalError(f"{path} cannot be read: {error}; check the state directory") from error
+        data = self._read(step)
         if data[:HEADER_BYTES] != pack_header(step):
             self._cut_torn(step, data, 0, is_last=is_last)
             return []
@@ -295,6 +348,12 @@ class Journal:
         for (before, _), (entry, _) in pairwise(placed):
             self._check_order(step, entry, before.sequence, first=False)
         return placed
+
+    def _read(self, step: int) -> bytes:
+        try:
+            return self._path(step).read_bytes()
+        except OSError as error:
+            raise JournalError(f"{self._path(step)} cannot be read: {error}; check the state directory") from error
 
     def _entry(self, step: int, at: int, payload: bytes) -> Entry:
         try:

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, TypeAlias, cast
 from engine.checkpoint.disk import Disk
 from engine.checkpoint.errors import BadCheckpointError, NewerFormatError
 from engine.checkpoint.manifest import FILE_NAME, LIMIT, FileEntry, Manifest, decode
+from engine.checkpoint.migrate import migrate
 from engine.checkpoint.state import unflatten
 from engine.checkpoint.strict import Json, dumps, loads
 from engine.checkpoint.tensors import read_tensors
@@ -91,7 +92,7 @@ class Loaded:
     Attributes:
         path: Its folder.
         manifest: What it consists of and who wrote it.
-        meta: What was given to `CheckpointStore.save` as ``meta``.
+        meta: What was given to `CheckpointStore.save` as ``meta``, brought to the newest format.
         fallbacks: Newer checkpoints that were passed over, newest first.
     """
 
@@ -260,7 +261,7 @@ def verify_folder(disk: Disk, folder: Path) -> Manifest:
 
 
 def load_folder(disk: Disk, folder: Path) -> Loaded:
-    """Verify ``folder`` and read its ``meta``.
+    """Verify ``folder`` and read its ``meta``, in the newest format.
 
     Raises:
         BadCheckpointError: As `verify_folder` does.
@@ -278,7 +279,7 @@ def load_folder(disk: Disk, folder: Path) -> Loaded:
         raise BadCheckpointError(f"{META}: {error}") from error
     if not isinstance(meta, dict):
         raise BadCheckpointError(f"{META} is not an object")
-    return Loaded(path=folder, manifest=manifest, meta=meta, disk=disk)
+    return Loaded(path=folder, manifest=manifest, meta=migrate(meta, manifest.format), disk=disk)
 
 
 def name_of(step: int) -> str:

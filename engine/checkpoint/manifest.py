@@ -14,8 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from engine.checkpoint.errors import BadCheckpointError, NewerFormatError
 from engine.checkpoint.strict import dumps, loads
 
-FORMAT = 1
-"""The format written. A later one adds a pure function from the body of this one, and a golden checkpoint beside it."""
+FORMAT = 2
+"""The format written. A later one adds a pure function to `engine.checkpoint.migrate`, and a golden checkpoint."""
 
 READER = "0.1.0"
 """The first version of adaptd that reads `FORMAT`."""

@@ -46,17 +46,19 @@ class KafkaTrial:
         self.zygote, self.directory, self.topics, self.delivery = zygote, directory, topics, delivery
         self.settings, self.admin = settings, admin
         self.truth = truth_of(work)
+        self.lives = 0
         workload.write_kafka(directory)
         _send(settings, topics, work)
         self.ends = {p: end for p, end in ends(settings, topics.data, topics.feedback).items() if end}
 
     def start(self, armed: str) -> Life:
+        self.lives += 1
         flags = [*self.topics.flags(self.settings.bootstrap_servers[0]), f"delivery={self.delivery}"]
         arguments = [part for flag in flags for part in ("--set", flag)]
         return self.zygote.start(
             ["run", str(self.directory / "policy.yaml"), *arguments],
             {"ADAPTD_FAILPOINT": armed},
-            self.directory / "log",
+            self.directory / f"log-{self.lives}",
         )
 
     def wait(self, life: Life, kill_after: float | None) -> bool:
@@ -64,11 +66,11 @@ class KafkaTrial:
         deadline = time.monotonic() + (LIMIT if kill_after is None else kill_after)
         asked = False
         while (code := life.wait(LOOK_SECONDS)) is None:
-            if not asked and self._done():
+            if not asked and "listening" in life.words and self._done():
                 life.signal(signal.SIGTERM)
                 asked = True
             if time.monotonic() >= deadline:
-                assert kill_after is not None, f"not done in {LIMIT} s: {life.words[-3000:]}"
+                assert kill_after is not None, self._stuck(life)
                 life.signal(signal.SIGKILL)
         assert code in (0, -signal.SIGKILL), f"{code}: {life.words[-3000:]}"
         return code != 0
@@ -76,6 +78,10 @@ class KafkaTrial:
     def _done(self) -> bool:
         reached = committed(self.admin, self.topics.group)
         return all(reached.get(partition, 0) >= end for partition, end in self.ends.items())
+
+    def _stuck(self, life: Life) -> str:
+        reached = committed(self.admin, self.topics.group)
+        return f"not done in {LIMIT} s: {reached} of {self.ends}: {life.words[-2000:]}"
 
     def judge(self) -> Findings:
         found = Findings()

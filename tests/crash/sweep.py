@@ -28,7 +28,7 @@ KILLS_OF_A_TRIAL = 6
 TRIES = 3
 """Lives in which a failpoint may not be reached before it is given up: some are passed once in a life at most."""
 
-LIMIT = 60.0
+LIMIT = 40.0
 WHILE_RESTORING = ("restore.loaded:1", "restore.applied:1", "replay:1", "replay:2", "replay:7", "disk.rename:1")
 
 

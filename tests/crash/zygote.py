@@ -84,6 +84,7 @@ class Zygote:
 
     def start(self, arguments: Sequence[str], environment: Mapping[str, str], log: Path) -> Life:
         """Begin a life with these arguments of the command line; ``log`` is appended to."""
+        log.touch()
         request = {"arguments": list(arguments), "environment": dict(environment), "log": str(log)}
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(request).encode() + b"\n")

@@ -28,7 +28,7 @@ from engine.checkpoint import (
     snapshot,
 )
 from engine.checkpoint.folder import name_of
-from engine.checkpoint.manifest import decode, digest
+from engine.checkpoint.manifest import FORMAT, decode, digest
 from engine.checkpoint.strict import Json
 from engine.errors import StorageError
 from policies.interfaces import State
@@ -548,13 +548,14 @@ def test_setting_aside_keeps_everything_and_lets_a_run_start_anew(store: Checkpo
 
 def test_a_newer_format_is_refused_with_the_version_to_install_and_nothing_moves(store: CheckpointStore) -> None:
     save(store, 1, 2)
-    change_manifest(folder(store, 2) / "MANIFEST", lambda body: body.update(format=2, reader="0.9.0", other=1))
+    change_manifest(folder(store, 2) / "MANIFEST", lambda body: body.update(format=FORMAT + 1, reader="0.9.0", other=1))
     before = names(store)
-    with pytest.raises(NewerFormatError, match=r"has format 2 and this version reads up to 1; install adaptd 0\.9\.0"):
+    told = rf"has format {FORMAT + 1} and this version reads up to {FORMAT}; install adaptd 0\.9\.0"
+    with pytest.raises(NewerFormatError, match=told):
         store.load()
     assert names(store) == before
     assert "install adaptd 0.9.0" in store.list()[0].problem
-    forge(folder(store, 2) / "MANIFEST", b'{"format":3}\n')
+    forge(folder(store, 2) / "MANIFEST", b'{"format":99}\n')
     with pytest.raises(NewerFormatError, match="install the version of adaptd that wrote it"):
         store.verify(name_of(2))
 
@@ -645,7 +646,7 @@ def test_the_golden_checkpoint_of_format_1_is_loaded(tmp_path: Path) -> None:
         assert policy["limit"] == float("inf")
 
 
-def test_format_1_is_still_written_byte_for_byte(store: CheckpointStore) -> None:
+def test_what_format_1_held_is_still_written_byte_for_byte(store: CheckpointStore) -> None:
     golden = GOLDEN / name_of(7)
     manifest = decode((golden / "MANIFEST").read_bytes())
     states: dict[str, State] = {

@@ -91,7 +91,13 @@ def test_what_init_writes_runs_and_its_checkpoints_can_be_looked_at(project: Pat
     assert shown["meta"]["events"] == EVENTS
     assert "model.safetensors" in shown["manifest"]["files"]
     verified = adaptd("checkpoint", "verify", state)
-    assert (verified.code, verified.out.count(": good\n")) == (0, len(rows))
+    assert (verified.code, verified.out.count("ckpt-")) == (0, len(rows))
+    journals = sorted((project / "state").glob("journal-*.log"))
+    assert verified.out.splitlines()[len(rows) :] == [f"{path.name}: good" for path in journals]
+    journals[0].write_bytes(b"nothing of the kind")
+    torn = adaptd("checkpoint", "verify", state)
+    assert torn.code == 74
+    assert f"{journals[0]} is damaged at byte 0" in torn.err
 
 
 def test_run_again_a_finished_policy_has_nothing_to_do(project: Path, adaptd: Adaptd) -> None:

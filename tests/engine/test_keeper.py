@@ -208,3 +208,16 @@ def test_a_method_that_the_policy_did_not_have_before_starts_afresh(tmp_path: Pa
     assert again.core.step == life.core.step
     again.finish().crash()
     assert again.core.counts["updates.learning"] > life.core.counts["updates.learning"]
+
+
+def test_a_damaged_journal_that_the_newest_checkpoint_does_not_need_is_set_aside(tmp_path: Path) -> None:
+    make = maker("bn", False)
+    life = Life(tmp_path, make).run(14)
+    life.save()
+    life.crash()
+    oldest = min(tmp_path.glob("journal-*.log"))
+    oldest.write_bytes(oldest.read_bytes()[:40] + b"?" + oldest.read_bytes()[41:])
+    again = Life(tmp_path, make).finish()
+    assert (tmp_path / "broken" / oldest.name).exists()
+    assert not oldest.exists()
+    assert again.core.counts == Life(tmp_path / "whole", make).finish().core.counts

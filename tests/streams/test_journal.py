@@ -345,3 +345,58 @@ def test_run_ends_at_the_position_behind_its_last_record() -> None:
 
 def test_records_that_go_back_begin_another_run() -> None:
     assert runs_of([record(0, 5), record(0, 5)]) == (Run("events", 0, 5, 6, 1), Run("events", 0, 5, 6, 1))
+
+
+def damage(tmp_path: Path, step: int) -> None:
+    data = bytearray(segment(tmp_path, step).read_bytes())
+    data[40] ^= 1
+    segment(tmp_path, step).write_bytes(data)
+
+
+def test_a_damaged_segment_that_the_checkpoint_does_not_need_is_in_nobodys_way(
+    journal: Journal, tmp_path: Path
+) -> None:
+    fill(journal, 0, 0, 2)
+    fill(journal, 2, 2, 2)
+    journal.start(4)
+    damage(tmp_path, 2)
+    again = Journal(tmp_path)
+    assert list(again.read(4, after=3)) == []
+    with pytest.raises(JournalError, match="is damaged at byte 29"):
+        again.reopen()
+    again.reopen(after=3)
+    assert again.next_sequence == 4
+    assert again.set_aside(4) == [tmp_path / "broken" / "journal-000000000002.log"]
+    assert again.set_aside(4) == []
+    again.append(entry(4))
+    again.discard_after(4)
+    assert list(again.read(4)) == [entry(4)]
+    with pytest.raises(JournalError, match="is missing although later segments exist"):
+        list(again.read(2))
+
+
+def test_the_last_two_damaged_segments_are_kept(journal: Journal, tmp_path: Path) -> None:
+    for step in (0, 2, 4, 6):
+        fill(journal, step, step, 2)
+        damage(tmp_path, step)
+    journal.start(8)
+    journal.set_aside(8)
+    assert [path.name for path in sorted((tmp_path / "broken").iterdir())] == [
+        segment(tmp_path, n).name for n in (4, 6)
+    ]
+
+
+def test_verifying_reads_every_segment_and_changes_none(journal: Journal, tmp_path: Path) -> None:
+    fill(journal, 0, 0, 2)
+    fill(journal, 2, 2, 2)
+    fill(journal, 4, 4, 2)
+    damage(tmp_path, 2)
+    segment(tmp_path, 4).write_bytes(segment(tmp_path, 4).read_bytes()[:-3])
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    found = list(Journal(tmp_path).verify())
+    assert found == [
+        (segment(tmp_path, 0), ""),
+        (segment(tmp_path, 2), "damaged at byte 29"),
+        (segment(tmp_path, 4), ""),
+    ]
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
