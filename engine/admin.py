@@ -82,8 +82,9 @@ class Admin:
             if reader.last_poll and now - reader.last_poll > STUCK_SECONDS:
                 return False, f"no poll of the streams for {now - reader.last_poll:.0f} s"
         waiting = sum(reader.waiting(daemon.cutter.taken) for reader in daemon.readers)
-        if daemon.writer.waiting_for:  # an outage that the daemon sits out; a restart would not help
-            return True, f"waiting for {daemon.writer.waiting_for}"
+        outage = daemon.writer.waiting_for or daemon.runner.keeper.trouble
+        if outage:  # the daemon sits it out; a restart would not help
+            return True, f"waiting for {outage}"
         if waiting and now - daemon.last_progress > STUCK_SECONDS:
             return False, f"{waiting} records wait and no batch was applied for {now - daemon.last_progress:.0f} s"
         return True, daemon.state

@@ -131,6 +131,7 @@ class Daemon:
     def stop(self) -> None:
         """Have `run` drain and return. Called on the event loop."""
         self._stopping = True
+        self.runner.keeper.stopping.set()
         self._wake.set()
         self._leaving.set()
 

@@ -6,9 +6,12 @@ of the batches since. Taking the state is quick and happens where the model is o
 
 from __future__ import annotations
 
+import math
 import random
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import count
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -25,8 +28,11 @@ from engine.core import Core
 from engine.errors import StorageError
 from policies.interfaces import State, load_weights
 from streams.base import Positions
-from streams.journal import Entry, Journal
-from streams.seams import failpoint
+from streams.journal import Entry, Journal, JournalUnavailableError
+from streams.seams import Clock, SystemClock, failpoint
+
+BACKOFF_SECONDS = (0.05, 0.2, 0.5, 1.0, 2.0)
+CLOCK = SystemClock()
 
 log = structlog.get_logger("adaptd")
 
@@ -38,6 +44,8 @@ class Snapshot:
     step: int
     parts: Mapping[str, Callable[[BinaryIO], object]]
     meta: Mapping[str, Any]
+    problem: JournalUnavailableError | None = None
+    """Why it cannot become a checkpoint: its segment of the journal could not be begun."""
 
 
 class Keeper:
@@ -47,12 +55,29 @@ class Keeper:
         store: Where checkpoints are.
         journal: The journal beside them.
         digest: Digest of the policy in force, recorded with every checkpoint.
+        patience: Seconds for which journal or checkpoints may be impossible to write.
+        clock: Tells how long that has lasted.
     """
 
-    def __init__(self, store: CheckpointStore, journal: Journal, digest: str) -> None:
+    def __init__(
+        self,
+        store: CheckpointStore,
+        journal: Journal,
+        digest: str,
+        *,
+        patience: float = math.inf,
+        clock: Clock = CLOCK,
+    ) -> None:
         self.store = store
         self.journal = journal
+        self.stopping = threading.Event()
+        """Set to wait for the disk no longer."""
+        self.trouble = ""
+        """What keeps the journal from being written, in words; empty while nothing does."""
         self._digest = digest
+        self._patience = patience
+        self._clock = clock
+        self._failing_since: float | None = None
         self.sequence = 0
         self.saved_step: int | None = None
         self.fallbacks = 0
@@ -147,6 +172,45 @@ class Keeper:
         self._apply(loaded, core)
         self._digest = digest
 
+    def append(self, entry: Entry) -> None:
+        """Write an entry into the journal; what it is about may be done once this returns.
+
+        While the disk is full or fails, this waits and tries again: nothing is applied that is not journaled.
+
+        Raises:
+            StorageError: It has not worked for longer than the patience, or checkpoints have not, or `stopping` is
+                set meanwhile.
+            JournalError: The journal is closed, or the entry is not the next one.
+        """
+        if self._failing_since is not None:
+            self._be_patient("no checkpoint could be written")
+        for attempt in count():
+            try:
+                self.journal.append(entry)
+            except JournalUnavailableError as error:
+                if not self.trouble:
+                    log.error("journal_unavailable", error=str(error))
+                self.trouble = str(error)
+                self._be_patient(str(error))
+                if self.stopping.wait(BACKOFF_SECONDS[min(attempt, len(BACKOFF_SECONDS) - 1)]):
+                    raise StorageError(f"{error}; nothing is lost, the next start goes on from there") from error
+            else:
+                break
+        if self.trouble:
+            self.trouble, self._failing_since = "", None
+            log.info("journal_available")
+
+    def _be_patient(self, problem: str) -> None:
+        """Note since when nothing durable can be written, and end that when it has lasted too long."""
+        now = self._clock.monotonic()
+        if self._failing_since is None:
+            self._failing_since = now
+        if now - self._failing_since > self._patience:
+            raise StorageError(
+                f"{problem} for {now - self._failing_since:.0f} s, which is more than checkpoint.patience; nothing is"
+                f" lost. Look after the disk of {self.store.directory} and start again"
+            )
+
     def snapshot(self, core: Core, positions: Positions) -> Snapshot:
         """Copy the state of this instant, which lies between two batches, and begin a new segment of the journal."""
         states: dict[str, State] = {
@@ -173,20 +237,39 @@ class Keeper:
         joins = core.joins.snapshot()
         parts["join.bin"] = joins.write
         failpoint("snapshot")
-        self.journal.start(self.sequence)
+        try:
+            self.journal.start(self.sequence)
+        except JournalUnavailableError as error:
+            joins.close()
+            return Snapshot(self.sequence, {}, {}, error)
         return Snapshot(self.sequence, parts, meta)
 
     def write(self, snapshot: Snapshot) -> Saved:
-        """Write a snapshot as a checkpoint, then drop what no kept checkpoint needs. Runs on any one thread."""
-        saved = self.store.save(
-            snapshot.step, snapshot.parts, snapshot.meta, config_digest=self._digest, parent=self.saved_step
-        )
+        """Write a snapshot as a checkpoint, then drop what no kept checkpoint needs. Runs on any one thread.
+
+        Raises:
+            StorageError: It could not be written; the ones before it still stand.
+        """
+        try:
+            saved = self._save(snapshot)
+        except StorageError:
+            if self._failing_since is None:
+                self._failing_since = self._clock.monotonic()
+            raise
+        self._failing_since = None
         failpoint("checkpoint.saved")
         self.saved_step = snapshot.step
         oldest = self.store.oldest_kept()
         if oldest is not None:
             self.journal.drop_before(oldest)
         return saved
+
+    def _save(self, snapshot: Snapshot) -> Saved:
+        if snapshot.problem is not None:
+            raise StorageError(f"checkpoint {snapshot.step} was not saved: {snapshot.problem}") from snapshot.problem
+        return self.store.save(
+            snapshot.step, snapshot.parts, snapshot.meta, config_digest=self._digest, parent=self.saved_step
+        )
 
 
 def _form(core: Core) -> dict[str, Any]:

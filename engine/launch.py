@@ -121,7 +121,7 @@ def assemble(loaded: LoadedPolicy, metrics: Metrics, store: CheckpointStore) -> 
     for left in store.directory.glob("spill*"):
         shutil.rmtree(left, ignore_errors=True)
     core = core_of(loaded, background=policy.in_background, directory=store.directory / "spill-0")
-    keeper = Keeper(store, Journal(store.directory), loaded.digest)
+    keeper = Keeper(store, Journal(store.directory), loaded.digest, patience=policy.checkpoint.patience)
     try:
         positions, entries = _restore(keeper, core)
         metrics.begin(core)

@@ -220,6 +220,9 @@ class Checkpoint(Section):
     """Time between two checkpoints."""
     keep: Annotated[int, Field(ge=3, le=1000)] = 3
     """Checkpoints kept; at least three, because the newest may be the one that a failing disk spoils."""
+    patience: PositiveDuration = 600.0
+    """How long the disk may refuse journal or checkpoints. Meanwhile the journal is tried again, and nothing is applied
+    that it does not hold; then the daemon ends with exit code 74, having lost nothing."""
     allow_network: bool = False
     """Whether the state directory may be on a network file system, where a checkpoint may be lost after it was made."""
 

@@ -57,7 +57,7 @@ class Runner:
             self.metrics.replayed()
             failpoint("replay")
             return
-        self.keeper.journal.append(Entry(self.keeper.sequence, cut.kind, self.core.watermark, cut.runs))
+        self.keeper.append(Entry(self.keeper.sequence, cut.kind, self.core.watermark, cut.runs))
 
     def _batch(self, cut: Cut) -> None:
         good, bad = split(cut.items)
@@ -95,7 +95,7 @@ class Runner:
     def done(self) -> None:
         """Take in the background job that has just finished. `Core.make_job` is to be called next."""
         self.keeper.sequence += 1
-        self.keeper.journal.append(Entry(self.keeper.sequence, Kind.DONE, self.core.watermark, ()))
+        self.keeper.append(Entry(self.keeper.sequence, Kind.DONE, self.core.watermark, ()))
         self.core.done()
         failpoint("job.taken")
         self.metrics.watch(self.core)

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 
 def waiting_for(daemon: Daemon) -> str:
     """What the daemon waits for at this instant, in words; empty while nothing is in its way."""
-    if daemon.writer.waiting_for:
-        return daemon.writer.waiting_for
+    if daemon.writer.waiting_for or daemon.runner.keeper.trouble:
+        return daemon.writer.waiting_for or daemon.runner.keeper.trouble
     for reader in daemon.readers:
         if reader.trouble:
             return reader.trouble

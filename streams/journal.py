@@ -23,6 +23,7 @@ from streams.journal_format import (
     HEADER_BYTES,
     Entry,
     JournalError,
+    JournalUnavailableError,
     Kind,
     Run,
     frame_at,
@@ -35,7 +36,7 @@ from streams.journal_format import (
 )
 from streams.seams import failpoint
 
-__all__ = ["Entry", "Journal", "JournalError", "Kind", "Run", "runs_of"]
+__all__ = ["Entry", "Journal", "JournalError", "JournalUnavailableError", "Kind", "Run", "runs_of"]
 
 _NAME = re.compile(r"journal-(\d{12,})\.log")
 _ADVICE = "bring the file back, or start anew with --fresh, which sets aside what is there"
@@ -86,7 +87,8 @@ class Journal:
         sequence number in the checkpoint tells `read` which of its entries the checkpoint covers.
 
         Raises:
-            JournalError: A later segment exists, or the segment cannot be made.
+            JournalUnavailableError: The segment cannot be made; entries go on being appended to the one before.
+            JournalError: A later segment exists, or what came before cannot be synced.
         """
         if self._descriptor is None and self._steps():
             self.reopen()
@@ -106,22 +108,22 @@ class Journal:
         try:
             descriptor = os.open(path, _FLAGS | os.O_CREAT | os.O_EXCL, 0o600)
         except OSError as error:
-            raise JournalError(f"{path} cannot be made: {error}; check the state directory") from error
+            raise JournalUnavailableError(f"{path} cannot be made: {error}; check the state directory") from error
         try:
             if os.write(descriptor, pack_header(step)) < HEADER_BYTES:
                 raise OSError("only a part was written")
         except OSError as error:
             os.close(descriptor)
             self._remove(step)
-            raise JournalError(f"{path} cannot be written: {error}; check the disk it is on") from error
+            raise JournalUnavailableError(f"{path} cannot be written: {error}; check its disk") from error
         return descriptor
 
     def append(self, entry: Entry) -> None:
         """Write one entry, in one system call. It survives the process at once, a power loss only after `sync`.
 
         Raises:
-            JournalError: The disk does not take it; nothing of it is kept, and it may be tried again unless the
-                message says that the journal is closed.
+            JournalUnavailableError: The disk does not take it; nothing of it is kept, and it may be tried again.
+            JournalError: It does not belong here, or the journal is closed.
         """
         if self._descriptor is None:
             raise JournalError(f"the journal in {self._directory} is closed; restart from the last checkpoint")
@@ -150,7 +152,7 @@ class Journal:
         except OSError as error:
             self.close()
             raise JournalError(f"{path} cannot be written: {reason}; the journal is closed") from error
-        raise JournalError(f"{path} cannot be written at byte {self._size}: {reason}; check the disk it is on")
+        raise JournalUnavailableError(f"{path} cannot be written at byte {self._size}: {reason}; check its disk")
 
     def sync(self) -> None:
         """Return once everything appended survives a power loss.

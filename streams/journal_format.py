@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from streams.base import Record
 
-__all__ = ["Entry", "JournalError", "Kind", "Run", "runs_of"]
+__all__ = ["Entry", "JournalError", "JournalUnavailableError", "Kind", "Run", "runs_of"]
 
 _MAGIC = b"adaptd-journal-1\n"
 _MARK = b"\xad\x9e\xf1\x0a"  # never valid UTF-8, so no name contains it and the next entry can be found behind damage
@@ -29,6 +29,10 @@ HEADER_BYTES = len(_MAGIC) + _SEGMENT.size
 
 class JournalError(Exception):
     """The journal cannot be written or read; the message names file and byte and says what to do."""
+
+
+class JournalUnavailableError(JournalError):
+    """The disk does not take what is to be written; the journal is as it was, and it may be tried again."""
 
 
 class Kind(IntEnum):

@@ -64,11 +64,12 @@ class KafkaTrial:
     def wait(self, life: Life, kill_after: float | None) -> bool:
         """A life has done its work when the group has committed everything; it is asked to leave then."""
         deadline = time.monotonic() + (LIMIT if kill_after is None else kill_after)
-        asked = False
+        asked = listening = False
         while (code := life.wait(LOOK_SECONDS)) is None:
-            if not asked and "listening" in life.words and self._done():
+            if not asked and listening and self._done():
                 life.signal(signal.SIGTERM)
                 asked = True
+            listening = "listening" in life.words  # at the next look, signals are heard as well
             if time.monotonic() >= deadline:
                 assert kill_after is not None, self._stuck(life)
                 life.signal(signal.SIGKILL)

@@ -272,7 +272,7 @@ def test_failed_write_leaves_nothing_behind(journal: Journal, tmp_path: Path, mo
     write = os.write
     with monkeypatch.context() as patch:
         patch.setattr(os, "write", lambda descriptor, data: write(descriptor, data[:20]))
-        with pytest.raises(JournalError, match="only a part was written; check the disk"):
+        with pytest.raises(JournalError, match="only a part was written; check its disk"):
             journal.append(entry(2))
     journal.append(entry(2))
     assert list(Journal(tmp_path).read(0)) == [*entries, entry(2)]
