@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -53,9 +54,17 @@ def explain(error: Exception) -> str:
     return f"{name}: {line}" if line and line != name else name
 
 
+def forbidden(error: Exception) -> bool:
+    """Whether the cluster knows us and does not let us, or does not know us."""
+    if isinstance(error, errors.AuthorizationError | errors.SaslAuthenticationFailedError):
+        return True
+    # Refused the number that an idempotent producer needs, kafka-python wraps the error in a text.
+    return "AuthorizationFailedError" in str(error)
+
+
 def as_stream_error(error: Exception, what: str) -> StreamError:
     """Return the error to raise for one of kafka-python: unavailable where waiting may help, final where not."""
-    if isinstance(error, errors.AuthorizationError | errors.SaslAuthenticationFailedError):
+    if forbidden(error):
         return StreamError(f"{what}: the cluster does not permit it ({explain(error)}); check the user and its ACLs")
     if isinstance(error, errors.RetriableError):
         return StreamUnavailableError(f"{what}: no answer from the cluster at present ({explain(error)})")
@@ -72,6 +81,7 @@ def connect(factory: Callable[..., Any], config: Mapping[str, Any]) -> Any:
         StreamUnavailableError: No broker answered within the time that ``config`` gives.
         StreamError: The cluster refused us, or kafka-python refused a setting.
     """
+    _check_certificates(config)
     made: list[KafkaNetClient] = []
     connections: list[_Connections] = []
 
@@ -91,6 +101,27 @@ def connect(factory: Callable[..., Any], config: Mapping[str, Any]) -> Any:
         if refusal is None:
             raise
         raise refusal from error
+
+
+def _check_certificates(config: Mapping[str, Any]) -> None:
+    """Read certificates and key once: kafka-python takes a wrong one for a broker that does not answer."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    authority, certificate = config.get("ssl_cafile"), config.get("ssl_certfile")
+    if authority is not None:
+        try:
+            context.load_verify_locations(authority)
+        except OSError:
+            raise StreamError(f"ssl_cafile: {authority} holds no certificates in PEM form") from None
+    if certificate is not None:
+        key = config.get("ssl_keyfile", certificate)
+        try:
+            # Without a password OpenSSL would ask for one on the terminal.
+            context.load_cert_chain(certificate, key, config.get("ssl_password", ""))
+        except OSError:
+            raise StreamError(
+                f"ssl_certfile: {certificate} and the key in {key} cannot be used together: they are no pair, not in"
+                " PEM form, or ssl_password_file or ssl_password_env gives another password than the key's"
+            ) from None
 
 
 def _refusal(error: Exception, cause: Exception | None, config: Mapping[str, Any]) -> StreamError | None:

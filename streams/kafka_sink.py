@@ -15,7 +15,7 @@ from kafka.partitioner import StickyPartitioner
 from kafka.partitioner.default import murmur2
 
 from streams.base import Message, StreamError, StreamUnavailableError
-from streams.kafka_client import as_stream_error, connect, describe, explain
+from streams.kafka_client import as_stream_error, connect, describe, explain, forbidden
 from streams.kafka_settings import KafkaSettings
 
 _RECORD_OVERHEAD = 128
@@ -321,7 +321,7 @@ class KafkaSink:
                 f"topic {self.topic} refuses a message of {size} bytes: raise max.message.bytes of the topic"
                 " (message.max.bytes of the broker), or send less"
             )
-        if isinstance(error, errors.AuthorizationError) or self._client.transactional_id is not None:
+        if forbidden(error) or self._client.transactional_id is not None:
             return self._client.failure(error, f"writing to {self.topic}")
         return StreamError(f"topic {self.topic} lost a message that was sent: {explain(error)}")
 

@@ -11,6 +11,8 @@ import subprocess
 import time
 import uuid
 from base64 import urlsafe_b64encode
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
@@ -21,17 +23,42 @@ JVM = ("-Xmx256m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-Xlog:disable
 
 
 USER, PASSWORD = "adaptd", "correct horse"
+"""Who may do everything."""
+GUEST, GUEST_PASSWORD = "guest", "open sesame"
+"""Who may do only what a test grants."""
+KEY_PASSWORD = "speak friend"
+"""What the key of the client's certificate is encrypted with."""
+
 SECURE = """
-listeners=PLAINTEXT://127.0.0.1:${port},SECURE://127.0.0.1:${secure_port},CONTROLLER://127.0.0.1:${controller_port}
-advertised.listeners=PLAINTEXT://127.0.0.1:${port},SECURE://localhost:${secure_port}
-listener.security.protocol.map=PLAINTEXT:PLAINTEXT,SECURE:SASL_SSL,CONTROLLER:PLAINTEXT
-sasl.enabled.mechanisms=SCRAM-SHA-512
+listeners=PLAINTEXT://127.0.0.1:${port},SECURE://127.0.0.1:${secure_port},MUTUAL://127.0.0.1:${mutual_port},\
+  FAR://127.0.0.1:${far_port},CONTROLLER://127.0.0.1:${controller_port}
+advertised.listeners=PLAINTEXT://127.0.0.1:${port},SECURE://localhost:${secure_port},\
+  MUTUAL://localhost:${mutual_port},FAR://127.0.0.1:${proxy_port}
+listener.security.protocol.map=PLAINTEXT:PLAINTEXT,SECURE:SASL_SSL,MUTUAL:SSL,FAR:PLAINTEXT,CONTROLLER:PLAINTEXT
+
+authorizer.class.name=org.apache.kafka.metadata.authorizer.StandardAuthorizer
+super.users=User:ANONYMOUS;User:adaptd;User:CN=adaptd
+
+sasl.enabled.mechanisms=PLAIN,SCRAM-SHA-256,SCRAM-SHA-512
+listener.name.secure.scram-sha-256.sasl.jaas.config=org.apache.kafka.common.security.scram.ScramLoginModule required;
 listener.name.secure.scram-sha-512.sasl.jaas.config=org.apache.kafka.common.security.scram.ScramLoginModule required;
+listener.name.secure.plain.sasl.jaas.config=org.apache.kafka.common.security.plain.PlainLoginModule required \
+  user_${user}="${password}" user_${guest}="${guest_password}";
 listener.name.secure.ssl.keystore.location=${home}/broker.p12
 listener.name.secure.ssl.keystore.type=PKCS12
 listener.name.secure.ssl.keystore.password=changeit
+listener.name.mutual.ssl.keystore.location=${home}/broker.p12
+listener.name.mutual.ssl.keystore.type=PKCS12
+listener.name.mutual.ssl.keystore.password=changeit
+listener.name.mutual.ssl.truststore.location=${home}/client.pem
+listener.name.mutual.ssl.truststore.type=PEM
+listener.name.mutual.ssl.client.auth=required
 """
-"""Appended to the template, whose lines it overrides: a listener with TLS and passwords beside the open one."""
+"""Appended to the template, whose lines it overrides.
+
+Beside the open listener, whose clients may do everything: one with TLS and passwords, one that asks for a client's
+certificate, and one that says of itself that it is reached through a proxy.
+"""
 
 
 class BrokerMissingError(Exception):
@@ -91,6 +118,12 @@ def run(command: list[str]) -> None:
         raise BrokerMissingError(f"{' '.join(command[-6:])} failed: {done.stdout[-300:]}{done.stderr[-300:]}")
 
 
+def certify_client(certificate: Path, key: Path, name: str) -> None:
+    """Make a certificate that vouches for itself, and its key, encrypted with `KEY_PASSWORD`."""
+    made = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-days", "2", "-subj", f"/CN={name}"]
+    run([*made, "-passout", f"pass:{KEY_PASSWORD}", "-keyout", str(key), "-out", str(certificate)])
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -104,9 +137,13 @@ class Node:
         self.home = home
         self.port = free_port()
         self.bootstrap = f"127.0.0.1:{self.port}"
-        self.secure_port = free_port()
+        self.secure_port, self.mutual_port = free_port(), free_port()
+        self.far_port, self.proxy_port = free_port(), free_port()
+        """Where the listener behind the proxy is, and where it says that it is."""
         self.authority = home / "broker.pem"
-        """The certificate of the listener with TLS; it names localhost, not 127.0.0.1."""
+        """The certificate of the listeners with TLS; it names localhost, not 127.0.0.1."""
+        self.certificate, self.key = home / "client.pem", home / "client.key"
+        """What a client shows to the listener that asks for it; the key is encrypted with `KEY_PASSWORD`."""
         self._java = ["java", *JVM, "-cp", f"{libs}/*"]
         self._config = home / "server.properties"
         self._process: subprocess.Popen[bytes] | None = None
@@ -114,18 +151,28 @@ class Node:
     def format(self) -> None:
         """Write the certificate, the configuration and the empty storage."""
         self._certify()
+        certify_client(self.certificate, self.key, "adaptd")
         filled = string.Template(PROPERTIES.read_text() + SECURE).substitute(
             port=self.port,
             secure_port=self.secure_port,
+            mutual_port=self.mutual_port,
+            far_port=self.far_port,
+            proxy_port=self.proxy_port,
+            user=USER,
+            password=PASSWORD,
+            guest=GUEST,
+            guest_password=GUEST_PASSWORD,
             controller_port=free_port(),
             data=self.home / "data",
             home=self.home,
         )
         self._config.write_text(filled)
         cluster = urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
-        user = f"SCRAM-SHA-512=[name={USER},password={PASSWORD}]"
         tool = [*self._java, "kafka.tools.StorageTool", "format", "-t", cluster, "-c", str(self._config)]
-        run([*tool, "--add-scram", user])
+        for mechanism in ("SCRAM-SHA-256", "SCRAM-SHA-512"):
+            for user, password in ((USER, PASSWORD), (GUEST, GUEST_PASSWORD)):
+                tool += ["--add-scram", f"{mechanism}=[name={user},password={password}]"]
+        run(tool)
 
     def _certify(self) -> None:
         store = ["-keystore", str(self.home / "broker.p12"), "-storetype", "PKCS12", "-storepass", "changeit"]
@@ -150,6 +197,16 @@ class Node:
         tail = (self.home / "broker.log").read_text(errors="replace")[-600:]
         self.stop()
         raise BrokerMissingError(f"Kafka did not start within {timeout:g} s: {tail}")
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """SIGSTOP, until the end SIGCONT: connections stay open and nobody answers."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self._process.send_signal(signal.SIGCONT)
 
     def kill(self) -> None:
         """SIGKILL: no goodbye to anybody."""

@@ -1,3 +1,5 @@
+"""Who we are to a cluster, and what it lets us do: every mechanism works, and every refusal is a sentence."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -5,13 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from kafka import KafkaAdminClient
+from kafka.admin import ACL, ACLOperation, ACLPermissionType, ResourcePattern, ResourceType
 
 from streams.base import Message, StreamError, StreamUnavailableError
 from streams.kafka import KafkaSettings, KafkaSink, KafkaSource
-from tests.broker.helpers import Keeper, TopicFactory
-from tests.broker.node import PASSWORD, USER, Node
+from tests.broker.helpers import Keeper, TopicFactory, fresh_group, read
+from tests.broker.node import GUEST, GUEST_PASSWORD, KEY_PASSWORD, PASSWORD, USER, Node, certify_client
 
 Secure = Callable[..., KafkaSettings]
+MECHANISMS = ("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512")
+SECRETS = (PASSWORD, GUEST_PASSWORD, KEY_PASSWORD, "hunter2")
 
 
 @pytest.fixture
@@ -32,23 +38,84 @@ def secure(broker: Node, tmp_path: Path) -> Secure:
     return make
 
 
-def test_records_travel_encrypted_under_a_password(secure: Secure, topic: TopicFactory) -> None:
-    name = topic()
-    sink, source = KafkaSink(name, secure()), KafkaSource([name], secure(), group=f"g-{name}")
+@pytest.fixture
+def mutual(broker: Node, tmp_path: Path) -> Secure:
+    def make(key_password: str = KEY_PASSWORD, **changed: Any) -> KafkaSettings:
+        (tmp_path / "key-password").write_text(key_password + "\n")
+        given: dict[str, Any] = {
+            "bootstrap_servers": f"localhost:{broker.mutual_port}",
+            "security_protocol": "SSL",
+            "ssl_cafile": broker.authority,
+            "ssl_certfile": broker.certificate,
+            "ssl_keyfile": broker.key,
+            "ssl_password_file": tmp_path / "key-password",
+            "timeout": 2.0,
+        }
+        return KafkaSettings.model_validate(given | changed)
+
+    return make
+
+
+def there_and_back(settings: KafkaSettings, name: str, group: str | None = None) -> None:
+    """Write a record and read it."""
+    sink, source = KafkaSink(name, settings), KafkaSource([name], settings, group=group)
     try:
         sink.open()
         sink.send([Message(b"k", b"v")])
         sink.flush(10.0)
         source.open(Keeper())
-        assert [record.value for record in source.poll(1, 10.0)] == [b"v"]
+        assert [record.value for record in read(source, 1)] == [b"v"]
     finally:
         source.close()
         sink.close()
 
 
-def test_a_wrong_password_is_told(secure: Secure, topic: TopicFactory) -> None:
-    with pytest.raises(StreamError, match=r"check the user and its ACLs|refusing the user or its password"):
-        KafkaSource([topic()], secure(password="wrong")).open(Keeper())
+def use(one: KafkaSource | KafkaSink) -> None:
+    """Open it and move a record through."""
+    if isinstance(one, KafkaSource):
+        one.open(Keeper())
+        read(one, 1)
+    else:
+        one.open()
+        one.send([Message(b"k", b"v")])
+        one.flush(10.0)
+
+
+def refused(settings: KafkaSettings, name: str, match: str, group: str | None = None) -> str:
+    """Reading and writing end with the same sentence, which holds no secret."""
+    told = []
+    for one in (KafkaSource([name], settings, group=group), KafkaSink(name, settings)):
+        with pytest.raises(StreamError, match=match) as caught:
+            use(one)
+        one.close()
+        told.append(f"{caught.value!r} {caught.value.__cause__!r}")
+        assert not any(secret in told[-1] for secret in SECRETS)
+    return told[0]
+
+
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+def test_records_travel_encrypted_under_a_password(secure: Secure, topic: TopicFactory, mechanism: str) -> None:
+    there_and_back(secure(sasl_mechanism=mechanism), topic(), group=fresh_group())
+
+
+def test_records_travel_under_a_certificate_of_ones_own(mutual: Secure, topic: TopicFactory) -> None:
+    there_and_back(mutual(), topic(), group=fresh_group())
+
+
+def test_a_password_may_come_from_the_environment(
+    secure: Secure, topic: TopicFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KAFKA_PASSWORD", PASSWORD)
+    there_and_back(secure(sasl_plain_password_file=None, sasl_plain_password_env="KAFKA_PASSWORD"), topic())
+
+
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+def test_a_wrong_password_is_told(secure: Secure, topic: TopicFactory, mechanism: str) -> None:
+    refused(
+        secure(password="hunter2", sasl_mechanism=mechanism),
+        topic(),
+        r"check the user and its ACLs|refusing the user or its password",
+    )
 
 
 def test_a_certificate_for_another_name_is_not_trusted(secure: Secure, topic: TopicFactory) -> None:
@@ -59,3 +126,74 @@ def test_a_certificate_for_another_name_is_not_trusted(secure: Secure, topic: To
 def test_a_certificate_of_an_unknown_authority_is_not_trusted(secure: Secure, topic: TopicFactory) -> None:
     with pytest.raises(StreamUnavailableError, match="self-signed certificate"):
         KafkaSink(topic(), secure(ssl_cafile=None, timeout=0.5)).open()
+
+
+def test_without_a_certificate_the_cluster_does_not_let_us_in(mutual: Secure, topic: TopicFactory) -> None:
+    bare = mutual(ssl_certfile=None, ssl_keyfile=None, ssl_password_file=None, timeout=1.0)
+    refused(bare, topic(), "no broker at .* answers.*certificate")
+
+
+def test_a_certificate_that_the_cluster_does_not_know_is_refused(
+    mutual: Secure, topic: TopicFactory, tmp_path: Path
+) -> None:
+    certificate, key = tmp_path / "other.pem", tmp_path / "other.key"
+    certify_client(certificate, key, "other")
+    refused(mutual(ssl_certfile=certificate, ssl_keyfile=key, timeout=1.0), topic(), "answers.*certificate")
+
+
+def test_a_key_that_its_password_does_not_open_is_told(mutual: Secure, topic: TopicFactory) -> None:
+    refused(
+        mutual(key_password="hunter2"), topic(), "ssl_certfile: .*client.pem and the key in .* cannot be used together"
+    )
+
+
+def test_authorities_that_are_no_certificates_are_told(mutual: Secure, topic: TopicFactory, tmp_path: Path) -> None:
+    (tmp_path / "ca.pem").write_text("no certificate")
+    refused(mutual(ssl_cafile=tmp_path / "ca.pem"), topic(), "ssl_cafile: .*ca.pem holds no certificates")
+
+
+@pytest.fixture
+def grant(admin: KafkaAdminClient) -> Callable[..., None]:
+    def allow(kind: ResourceType, name: str, *operations: ACLOperation) -> None:
+        pattern = ResourcePattern(kind, name)
+        acls = [ACL(f"User:{GUEST}", "*", each, ACLPermissionType.ALLOW, pattern) for each in operations]
+        assert not admin.create_acls(acls)["failed"]
+
+    return allow
+
+
+def test_a_topic_that_we_may_not_see_is_refused_by_name(secure: Secure, topic: TopicFactory) -> None:
+    name = topic()
+    refused(secure(GUEST_PASSWORD, sasl_plain_username=GUEST), name, f"topic {name}.*{GUEST}.*check its ACLs")
+
+
+def test_a_topic_that_we_may_see_and_not_read_or_write_is_refused(
+    secure: Secure, topic: TopicFactory, grant: Callable[..., None]
+) -> None:
+    name, guest = topic(), secure(GUEST_PASSWORD, sasl_plain_username=GUEST)
+    grant(ResourceType.TOPIC, name, ACLOperation.DESCRIBE)
+    refused(guest, name, f"{name}.*does not permit it.*check the user and its ACLs")
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["alone", "in a group"])
+def test_a_group_that_we_may_not_use_is_refused(
+    secure: Secure, topic: TopicFactory, grant: Callable[..., None], shared: bool
+) -> None:
+    name, group, guest = topic(), fresh_group(), secure(GUEST_PASSWORD, sasl_plain_username=GUEST)
+    grant(ResourceType.TOPIC, name, ACLOperation.READ, ACLOperation.WRITE)
+    there_and_back(guest, name)
+    source = KafkaSource([name], guest, group=group, assignment="group" if shared else "static")
+    try:
+        with pytest.raises(StreamError, match=f"does not permit it.*{group}.*check the user and its ACLs"):
+            use(source)
+    finally:
+        source.close()
+
+
+def test_what_the_least_rights_are_is_what_is_needed(
+    secure: Secure, topic: TopicFactory, grant: Callable[..., None]
+) -> None:
+    name, group = topic(), fresh_group()
+    grant(ResourceType.TOPIC, name, ACLOperation.READ, ACLOperation.WRITE)
+    grant(ResourceType.GROUP, group, ACLOperation.READ)
+    there_and_back(secure(GUEST_PASSWORD, sasl_plain_username=GUEST), name, group)
