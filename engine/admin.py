@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import anyio
 import uvicorn
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
@@ -23,6 +24,11 @@ from engine.status import status
 
 STUCK_SECONDS = 60.0
 """Without progress for so long while work waits, the daemon counts as stuck."""
+
+CONNECTION_SECONDS = 30.0
+"""Time after which a connection is cut, whatever it is at: a client that sends nothing would hold it for ever."""
+MAX_CONNECTIONS = 256
+"""Connections that are kept; of more the oldest are cut, so that files and streams find descriptors left."""
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -65,10 +71,17 @@ class Admin:
             Route("/readyz", self._readyz),
             Route("/status", self._status),
         ]
-        config = uvicorn.Config(Starlette(routes=routes), lifespan="off", log_config=None, access_log=False)
+        application = Starlette(routes=routes)
+        application.router.redirect_slashes = False
+        config = uvicorn.Config(
+            application, http="h11", ws="none", lifespan="off", log_config=None, access_log=False, server_header=False
+        )
         server = _Server(config)
         try:
-            await server.serve(sockets=[sock])
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(_hang_up, server)
+                await server.serve(sockets=[sock])
+                tasks.cancel_scope.cancel()
         finally:
             server.should_exit = True
             sock.close()
@@ -116,6 +129,19 @@ class _Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
+
+
+async def _hang_up(server: uvicorn.Server) -> None:
+    """Cut connections that have lasted too long, and the oldest where there are too many; runs until cancelled."""
+    since: dict[Any, float] = {}
+    while True:
+        await anyio.sleep(min(1.0, CONNECTION_SECONDS / 4))
+        now = time.monotonic()
+        since = {each: since.get(each, now) for each in server.server_state.connections}
+        oldest = sorted(since, key=since.__getitem__)
+        for place, connection in enumerate(oldest):
+            if now - since[connection] > CONNECTION_SECONDS or place < len(oldest) - MAX_CONNECTIONS:
+                connection.transport.abort()
 
 
 def _verdict(good: bool, why: str) -> JSONResponse:

@@ -106,12 +106,12 @@ class Daemon:
             patience = anyio.CancelScope()
             tasks.start_soon(self._limit_draining, patience)
             try:
-                await self._open()
-                for reader in self.readers:
-                    tasks.start_soon(self._thread, reader.run, self.cutter.taken)
-                tasks.start_soon(self._thread, self.writer.run)
-                await self._serve()
-                await self._drain()
+                if await self._open():
+                    for reader in self.readers:
+                        tasks.start_soon(self._thread, reader.run, self.cutter.taken)
+                    tasks.start_soon(self._thread, self.writer.run)
+                    await self._serve()
+                    await self._drain()
                 patience.cancel()
             finally:
                 for reader in self.readers:
@@ -144,8 +144,8 @@ class Daemon:
         self.last_progress = time.monotonic()
         return result
 
-    async def _open(self) -> None:
-        """Open sinks and sources, with backoff for a minute; whatever is open is closed again if that fails."""
+    async def _open(self) -> bool:
+        """Open sinks and sources, with backoff for a minute, or close them again; False if told to leave meanwhile."""
         try:
             await self._patiently(self.writer.open)
             answered: Positions = dict(self.writer.answered)
@@ -158,11 +158,14 @@ class Daemon:
             self.writer.put(Outgoing(positions=dict(self.runner.positions)))
             if self.runner.keeper.saved_step is None:
                 await self._checkpoint(wait=True)
-        except BaseException:
+        except BaseException as error:
             with anyio.CancelScope(shield=True):
                 for close in (*(reader.close for reader in self.readers), self.writer.close):
                     await self._thread(close)
+            if self._stopping and isinstance(error, UnreachableError):
+                return False
             raise
+        return True
 
     async def _patiently(self, action: Callable[[], None]) -> None:
         deadline = time.monotonic() + START_SECONDS
@@ -173,10 +176,12 @@ class Daemon:
                 return
             except StreamUnavailableError as error:
                 self.state = f"starting: {error}; retrying"
-                if self._stopping or time.monotonic() >= deadline:
+                if time.monotonic() >= deadline:
                     raise UnreachableError(f"{error}; gave up after {START_SECONDS:.0f} s") from error
                 log.warning("stream_unavailable", error=str(error))
-            await anyio.sleep(BACKOFF_SECONDS[min(attempt, len(BACKOFF_SECONDS) - 1)])
+                with anyio.move_on_after(BACKOFF_SECONDS[min(attempt, len(BACKOFF_SECONDS) - 1)]):
+                    await self._leaving.wait()
+                    raise UnreachableError(str(error)) from error
         raise AssertionError("unreachable")
 
     # -- serving ------------------------------------------------------------------------------------------------

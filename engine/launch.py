@@ -37,6 +37,7 @@ from engine.preflight import check
 from engine.reader import Reader
 from engine.reload import HIGH_BATCHES, Reloader
 from engine.runner import Runner
+from engine.watchdog import Watchdog
 from engine.writer import Writer
 from streams.base import Positions, Source
 from streams.journal import Entry, Journal, Kind
@@ -315,17 +316,19 @@ async def _run(
     watch: Callable[[Daemon], Any] | None,
 ) -> None:
     policy: dict[str, Any] = {"path": str(loaded.path), "digest": loaded.digest, "reload": None}
+    admin = Admin(daemon, policy)
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(daemon.handle_signals)
         if sock is not None:
             host, port = sock.getsockname()[:2]
             log.info("listening", address=f"http://{host}:{port}")
-            tasks.start_soon(Admin(daemon, policy).serve, sock)
+            tasks.start_soon(admin.serve, sock)
         if read is not None:
             tasks.start_soon(Reloader(daemon, loaded, read, lambda new: configure_logs(new.log), policy).run)
         if watch is not None:
             tasks.start_soon(watch, daemon)
-        await daemon.run()
+        with Watchdog(admin.alive):
+            await daemon.run()
         tasks.cancel_scope.cancel()
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from string import ascii_letters
 from typing import Final
 
 from engine.policy import Policy, SourceEndpoint
@@ -158,6 +160,8 @@ def _methods(policy: Policy) -> Iterator[Problem]:
 
 
 def _layout(policy: Policy) -> Iterator[Problem]:
+    from streams.codec_types import MAX_BYTES
+
     inputs = policy.model.inputs
     if inputs.layout == "hwc" and len(inputs.shape) != 3:
         yield Problem(
@@ -166,6 +170,12 @@ def _layout(policy: Policy) -> Iterator[Problem]:
         )
     if inputs.scale == 0:
         yield Problem(("model", "inputs", "scale"), "0 makes all inputs the same; choose another factor")
+    size = math.prod(inputs.shape) * int(inputs.dtype.lstrip(ascii_letters)) // 8
+    if size > MAX_BYTES:
+        yield Problem(
+            ("model", "inputs", "shape"),
+            f"one row takes {size:,} bytes, and a record may have {MAX_BYTES:,}; give the model smaller inputs",
+        )
 
 
 def _join(policy: Policy) -> Iterator[Problem]:

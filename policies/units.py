@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BeforeValidator, Field, WithJsonSchema
+
+N = TypeVar("N", int, float)
 
 SECONDS: dict[str, float] = {
     "us": 1e-6,
@@ -38,13 +40,25 @@ BYTES: dict[str, int] = {
 }
 """Bytes in each unit of a size."""
 
-_QUANTITY = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*")
+LONGEST = 1e10
+"""Seconds that a duration may have: three hundred years."""
+
+LARGEST = 2**62
+"""Bytes that a size may have."""
+
+_QUANTITY = re.compile(r"\s*(\d{1,30}(?:\.\d{1,30})?)\s*([A-Za-z]+)\s*")
 
 
 def _quantity(value: str) -> tuple[str, str]:
     """The number and the unit of a quantity; two empty strings where it is none."""
     found = _QUANTITY.fullmatch(value)
     return (found[1], found[2]) if found else ("", "")
+
+
+def _within(value: object, found: N, limit: float, unit: str) -> N:
+    if found > limit:
+        raise ValueError(f"{value!r} is more than anybody can mean; at most {limit:g} {unit}")
+    return found
 
 
 def _number(value: Any) -> bool:
@@ -58,21 +72,21 @@ def seconds(value: Any) -> float:
         value: A non-negative number of seconds, or a string such as ``20ms``, ``1.5h`` or ``7d``.
 
     Raises:
-        ValueError: If it is neither.
+        ValueError: If it is neither, or longer than `LONGEST`.
 
     Example:
         >>> seconds("20ms"), seconds("24h"), seconds(3)
         (0.02, 86400.0, 3.0)
     """
     if _number(value):
-        return float(value)
+        return _within(value, float(value), LONGEST, "seconds")
     number, unit = _quantity(value) if isinstance(value, str) else ("", "")
     if unit not in SECONDS:
         raise ValueError(
             f"{value!r} is not a duration; write seconds as a number, or a number with one of the units "
             f"{', '.join(SECONDS)}, such as 20ms or 24h"
         )
-    return float(number) * SECONDS[unit]
+    return _within(value, float(number) * SECONDS[unit], LONGEST, "seconds")
 
 
 def size(value: Any) -> int:
@@ -82,21 +96,21 @@ def size(value: Any) -> int:
         value: A non-negative whole number of bytes, or a string such as ``256MB`` (decimal) or ``64MiB`` (binary).
 
     Raises:
-        ValueError: If it is neither, or not a whole number of bytes.
+        ValueError: If it is neither, not a whole number of bytes, or more than `LARGEST`.
 
     Example:
         >>> size("256MB"), size("64MiB"), size(512)
         (256000000, 67108864, 512)
     """
     if _number(value) and value == int(value):
-        return int(value)
+        return _within(value, int(value), LARGEST, "bytes")
     number, unit = _quantity(value) if isinstance(value, str) else ("", "")
     if unit not in BYTES:
         raise ValueError(
             f"{value!r} is not a size; write bytes as a whole number, or a number with one of the units "
             f"{', '.join(BYTES)}, such as 256MB or 64MiB"
         )
-    return round(float(number) * BYTES[unit])
+    return _within(value, round(float(number) * BYTES[unit]), LARGEST, "bytes")
 
 
 def _schema(kind: str, units: dict[str, Any]) -> WithJsonSchema:

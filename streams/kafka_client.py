@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from kafka import KafkaAdminClient, errors
+from kafka.admin import ConfigResource, ConfigResourceType
 from kafka.net.compat import KafkaNetClient
 from kafka.net.manager import KafkaConnectionManager
 from kafka.net.selector import NetworkSelector
@@ -156,10 +157,12 @@ class Topic(NamedTuple):
     partitions: int
     identity: str
     """What tells it from another of the same name; empty where the cluster is too old to say."""
+    max_bytes: int | None = None
+    """What a message may have, where that was asked for and we may know it."""
 
 
-def describe(settings: KafkaSettings, topics: Sequence[str]) -> dict[str, Topic]:
-    """Ask the cluster about topics.
+def describe(settings: KafkaSettings, topics: Sequence[str], *, limits: bool = False) -> dict[str, Topic]:
+    """Ask the cluster about topics, and for the largest message of each where ``limits`` are wanted.
 
     Raises:
         StreamUnavailableError: No broker answered.
@@ -169,6 +172,7 @@ def describe(settings: KafkaSettings, topics: Sequence[str]) -> dict[str, Topic]
     admin = connect(KafkaAdminClient, config)
     try:
         described = admin.describe_topics(list(topics))
+        largest = _largest(admin, topics) if limits else {}
     except errors.KafkaError as error:
         raise as_stream_error(error, f"asking {settings.servers} for topics") from error
     finally:
@@ -182,8 +186,17 @@ def describe(settings: KafkaSettings, topics: Sequence[str]) -> dict[str, Topic]
             raise StreamError(f"topic {name}: the cluster does not let {_user(settings)} see it; check its ACLs")
         if code:
             raise as_stream_error(errors.for_code(code)(), f"topic {name}")
-        found[name] = Topic(len(topic["partitions"]), str(topic.get("topic_id") or ""))
+        found[name] = Topic(len(topic["partitions"]), str(topic.get("topic_id") or ""), largest.get(name))
     return found
+
+
+def _largest(admin: Any, topics: Sequence[str]) -> dict[str, int]:
+    """``max.message.bytes`` of topics; nothing of those whose settings we may not see."""
+    asked = [ConfigResource(ConfigResourceType.TOPIC, topic, {"max.message.bytes": None}) for topic in topics]
+    told = admin.describe_configs(asked, config_filter="all").get("topic", {})
+    return {
+        topic: int(found["max.message.bytes"]["value"]) for topic, found in told.items() if "max.message.bytes" in found
+    }
 
 
 def _user(settings: KafkaSettings) -> str:

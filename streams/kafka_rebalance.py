@@ -66,7 +66,8 @@ def check_together(topics: Sequence[str], partitions: Sequence[TopicPartition]) 
     if any(owned != numbers[topics[0]] for owned in numbers.values()):
         raise StreamError(
             f"the group gave this process different partitions of its topics, {numbers}: all members must read the same"
-            " topics with the range assignor, and the topics need equally many partitions"
+            " topics with the range assignor, and the topics need equally many partitions. A topic without any was"
+            " deleted or made anew: begin with a fresh state directory and group, or bring it back"
         )
 
 

@@ -217,14 +217,16 @@ class KafkaSink:
         """
         if self._producer is not None:
             return
-        describe(self.settings, [self.topic])
+        described = describe(self.settings, [self.topic], limits=True)[self.topic]
         producer = self._client.acquire()
         try:
             producer.partitions_for(self.topic)
         except errors.KafkaError as error:
             self._client.release(0)
             raise as_stream_error(error, f"topic {self.topic}") from error
-        self._limit = int(producer.config["max_request_size"]) - _RECORD_OVERHEAD
+        # Known beforehand, as a message that the broker refuses for its size ends an idempotent producer for good.
+        largest = int(producer.config["max_request_size"])
+        self._limit = min(largest, described.max_bytes or largest) - _RECORD_OVERHEAD
         self._producer = producer
 
     def send(self, messages: Sequence[Message]) -> None:
@@ -328,9 +330,8 @@ class KafkaSink:
     def _too_large(self, size: int, message: Message) -> StreamError:
         key = "no key" if message.key is None else f"a key of {len(message.key)} bytes"
         return StreamError(
-            f"a message of {size} bytes ({key}) is too large for topic {self.topic}: the limit here is"
-            f" max_request_size = {self._limit + _RECORD_OVERHEAD} (raise it in extra), that of the topic is"
-            " max.message.bytes"
+            f"a message of {size} bytes ({key}) is too large for topic {self.topic}, where {self._limit} are allowed:"
+            " raise max.message.bytes of the topic and max_request_size in extra, or send less"
         )
 
 

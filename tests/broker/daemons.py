@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 from kafka import KafkaAdminClient, KafkaConsumer, TopicPartition, errors
 
 from streams.base import Message, Partition
@@ -148,7 +149,14 @@ class Topics:
 class Process:
     """One life of a daemon."""
 
-    def __init__(self, directory: Path, flags: Sequence[str], *, before: str = "") -> None:
+    def __init__(
+        self,
+        directory: Path,
+        flags: Sequence[str],
+        *,
+        before: str = "",
+        variables: Mapping[str, str] | None = None,
+    ) -> None:
         self.log = directory / f"log-{time.monotonic_ns()}"
         arguments = [part for flag in flags for part in ("--set", flag)]
         program = f"{before}\nfrom engine.cli import main\nmain()"
@@ -158,13 +166,23 @@ class Process:
                 [sys.executable, *start, "run", str(directory / "policy.yaml"), *arguments],
                 stdout=log,
                 stderr=log,
-                env=os.environ | {"OMP_NUM_THREADS": "1"},
+                env={**os.environ, "OMP_NUM_THREADS": "1", **(variables or {})},
             )
         self._address = ""
 
     @property
     def alive(self) -> bool:
         return self._process.poll() is None
+
+    @property
+    def memory(self) -> int:
+        """Bytes that are resident."""
+        return int(psutil.Process(self._process.pid).memory_info().rss)
+
+    @property
+    def arguments(self) -> str:
+        """What everybody on this machine can read of how it was started."""
+        return " ".join(psutil.Process(self._process.pid).cmdline())
 
     @property
     def words(self) -> str:
@@ -240,8 +258,9 @@ class Daemon:
         self._bootstrap = bootstrap
         self._lives: list[Process] = []
 
-    def start(self, *flags: str, before: str = "") -> Process:
-        life = Process(self.directory, [*self.topics.flags(self._bootstrap), *flags], before=before)
+    def start(self, *flags: str, before: str = "", variables: Mapping[str, str] | None = None) -> Process:
+        flags = (*self.topics.flags(self._bootstrap), *flags)
+        life = Process(self.directory, flags, before=before, variables=variables)
         self._lives.append(life)
         return life
 

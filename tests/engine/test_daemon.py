@@ -474,6 +474,24 @@ async def test_after_a_minute_without_its_streams_the_daemon_gives_up_and_closes
     assert sink.closed
 
 
+async def test_told_to_leave_while_a_stream_does_not_answer_the_daemon_leaves_at_once_and_without_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "BACKOFF_SECONDS", (1000.0,))
+    source, sink = Late({"data": 1, "feedback": 1}), Refusing()
+
+    async def leave(daemon: Daemon) -> None:
+        await until(lambda: daemon.state.endswith("retrying"))
+        daemon.stop()
+
+    with daemon_on(tmp_path, source, predictions=sink) as daemon:
+        await run(daemon, leave)
+    assert source.attempts == 1
+    assert source.closed
+    assert sink.closed
+    assert daemon.state == "stopped"
+
+
 async def test_a_stream_that_cannot_be_used_ends_the_start(tmp_path: Path) -> None:
     source = memory(10)
     source.trim({("data", 0): 5})
