@@ -29,6 +29,10 @@ CONNECTION_SECONDS = 30.0
 """Time after which a connection is cut, whatever it is at: a client that sends nothing would hold it for ever."""
 MAX_CONNECTIONS = 256
 """Connections that are kept; of more the oldest are cut, so that files and streams find descriptors left."""
+MAX_HEADERS = 64
+"""Lines that the head of a request may have."""
+MAX_HEAD_BYTES = 16_384
+"""Bytes that they may have."""
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -74,7 +78,13 @@ class Admin:
         application = Starlette(routes=routes)
         application.router.redirect_slashes = False
         config = uvicorn.Config(
-            application, http="h11", ws="none", lifespan="off", log_config=None, access_log=False, server_header=False
+            _guarded(application),
+            http="h11",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
         )
         server = _Server(config)
         try:
@@ -129,6 +139,18 @@ class _Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
+
+
+def _guarded(application: Starlette) -> Any:
+    """The pages for requests that an honest client would make; a refusal for others."""
+
+    async def guard(scope: Any, receive: Any, send: Any) -> None:
+        head = scope["headers"]
+        small = len(head) <= MAX_HEADERS and sum(len(name) + len(value) for name, value in head) <= MAX_HEAD_BYTES
+        honest = small and scope["http_version"] in ("1.0", "1.1")
+        await (application if honest else Response(status_code=400))(scope, receive, send)
+
+    return guard
 
 
 async def _hang_up(server: uvicorn.Server) -> None:

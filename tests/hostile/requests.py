@@ -83,7 +83,6 @@ def _heads() -> Iterator[bytes]:
         b"X a\r\n",
         b"X\0: a\r\n",
         b"X: a\0b\r\n",
-        b" X: a\r\n",
         b"X : a\r\n",
         b"Transfer-Encoding: chunked\r\nContent-Length: 5\r\nTransfer-Encoding: x\r\n",
         b"Transfer-Encoding: evil\r\n",

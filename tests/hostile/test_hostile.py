@@ -152,7 +152,7 @@ async def test_no_hostile_request_is_answered_with_a_page_and_the_pages_stay_the
         for name, request in requests.corpus():
             answer = await speak(port, request)
             if answer.startswith(b"HTTP/1.1 2"):
-                passed.append((name, request[:60], answer[:60]))
+                passed.append((name, request[:60]))
         idle = [await asyncio.open_connection("127.0.0.1", port) for _ in range(200)]
         for _, writer in idle[::2]:
             writer.write(b"GET /status HTTP/1.1\r\nX: ")
