@@ -82,7 +82,7 @@ def test_a_secret_that_works_is_seen_nowhere_even_at_the_finest_logs(
     life = daemon.start(*chosen)
     life.until(lambda status: status["events"] == 20, 60)
     said = everything_said(daemon, life)
-    assert b'"level": "debug"' in said
+    assert b'"event": "checkpoint"' in said
     assert secret.encode() not in said
     assert life.terminate() == 0, life.words
     assert secret not in life.words
