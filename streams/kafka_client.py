@@ -191,9 +191,12 @@ def describe(settings: KafkaSettings, topics: Sequence[str], *, limits: bool = F
 
 
 def _largest(admin: Any, topics: Sequence[str]) -> dict[str, int]:
-    """``max.message.bytes`` of topics; nothing of those whose settings we may not see."""
+    """``max.message.bytes`` of topics; nothing of those whose settings we may not see or that nobody tells."""
     asked = [ConfigResource(ConfigResourceType.TOPIC, topic, {"max.message.bytes": None}) for topic in topics]
-    told = admin.describe_configs(asked, config_filter="all").get("topic", {})
+    try:
+        told = admin.describe_configs(asked, config_filter="all").get("topic", {})
+    except errors.KafkaError:
+        return {}
     return {
         topic: int(found["max.message.bytes"]["value"]) for topic, found in told.items() if "max.message.bytes" in found
     }
