@@ -27,6 +27,7 @@ METHODS: dict[str, dict[str, str]] = {
         "cmf": "policies.adaptation.cmf:CMF",
         "deyo": "policies.adaptation.deyo:DeYO",
         "delta": "policies.adaptation.delta:DELTA",
+        "cotta": "policies.adaptation.cotta:CoTTA",
         "note": "policies.adaptation.note:NOTE",
         "sotta": "policies.adaptation.sotta:SoTTA",
         "t3a": "policies.adaptation.t3a:T3A",

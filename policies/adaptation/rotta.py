@@ -16,6 +16,7 @@ from policies.interfaces import Context, State, Weights, load_weights
 from policies.memory import Bank, Timetable
 from policies.norm import Blending, NormSelection
 from policies.optimizers import load_optimizer_state, optimizer_state
+from policies.teachers import follow
 
 _log = logging.getLogger(__name__)
 
@@ -134,15 +135,9 @@ class RoTTA(BankedAdaptation):
             loss: Tensor = (timeliness(self._bank.ages()) * cross_entropy).mean()
         return loss
 
-    @torch.no_grad()
     def learned(self, before: Weights, after: Weights) -> None:
         """Move the student as the teacher was moved."""
-        student = self._student_model.state_dict()
-        for name, new in after.items():
-            if name in self.adapted:
-                student[name].add_(new - before[name])
-            else:
-                student[name].copy_(new)
+        follow(self._student_model, self.adapted, before, after)
 
     def reset(self) -> None:
         """Return teacher and student to the source model and forget everything."""

@@ -35,6 +35,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"renormalise": False, "loss": "pseudo_label", "confidence": 0.0},
     ],
     "note": [{"instance_aware": False}],
+    "cotta": [{"views": 2, "threshold": 1.0, "symmetric": True}],
     "lame": [{"affinity": "knn"}, {"affinity": "linear", "symmetric": True}],
 }
 """Parameters beside the defaults that are worth the same checks."""
@@ -46,6 +47,7 @@ EAGER: dict[str, dict[str, Any]] = {
     "deyo": {"margin": 1.0, "drop": -0.5},
     "sotta": {"confidence": 0.0, "capacity": 6, "interval": 5},
     "note": {"capacity": 6, "interval": 5},
+    "cotta": {"threshold": 0.0},
     "t3a": {"supports": 2},
     "adanpc": {"capacity": 20, "neighbours": 3, "confidence": 0.0},
 }
@@ -77,6 +79,9 @@ CASES = [
     for name, params, model in ALL
     if (name, model) not in REFUSED
 ]
+
+DRAWN = {"views"}
+"""Parameters of those whose answers depend on views of the rows, drawn row by row."""
 
 every_case = pytest.mark.parametrize(("name", "params", "model"), CASES)
 
@@ -129,7 +134,8 @@ def test_odd_batches_are_answered(name: str, params: dict[str, Any], model: str)
     assert one.shape == (1, CLASSES)
     assert more.shape == (70, CLASSES)
     assert bool(torch.cat([one, same, more]).isfinite().all())
-    torch.testing.assert_close(same, same[:1].expand(9, -1))
+    if not params.keys() & DRAWN:
+        torch.testing.assert_close(same, same[:1].expand(9, -1))
     assert finite(method.context.model)
 
 
@@ -247,6 +253,8 @@ def test_labelled_steps_in_between_are_taken_over(name: str, params: dict[str, A
 
 @every_case
 def test_the_order_of_rows_does_not_matter_to_answers(name: str, params: dict[str, Any], model: str) -> None:
+    if params.keys() & DRAWN:
+        pytest.skip("every row has views of its own")
     one, two = made(name, params, model), made(name, params, model)
     batch = next(stream(model, 1, rows=20))
     order = torch.randperm(20, generator=torch.Generator().manual_seed(0))
