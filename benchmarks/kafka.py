@@ -12,8 +12,8 @@ Part ``rates`` holds adaptd with each of its clients against the bare loop with 
 Quix Streams and Bytewax. The loops neither join nor journal nor checkpoint nor measure, check nothing that they read,
 and commit offsets without waiting for their answers; adaptd does all of that, with one event in a hundred labelled and
 a checkpoint every five seconds, in batches of up to 512, as the loops poll. The loops parse JSON with the standard
-library; adaptd and Quix Streams with orjson. Part ``costs`` takes away, or adds, one thing at a time. Part ``latency`` writes
-records at half of each rate and compares the broker's stamps of record and answer.
+library; adaptd and Quix Streams with orjson. Part ``costs`` takes away, or adds, one thing at a time. Part ``latency``
+writes records at half of each rate and compares the broker's stamps of record and answer.
 
 Quix Streams and Bytewax need an interpreter that has them: ``--peers``. What is missing is skipped, and the result
 says why.

@@ -35,7 +35,8 @@ def latency(bench: Bench, name: str, form: str, rate: float) -> dict[str, Any]:
         spent = time.monotonic() - started
         arena.wait(answers, count, lambda: process.poll() is None, PATIENCE)
     written, answered = arena.times(data), arena.times(answers)
-    waits = sorted(1e3 * (answered[key] - at) for key, at in list(written.items()) if key in counted(count))
+    chosen = counted(count)
+    waits = sorted(1e3 * (answered[key] - at) for key, at in written.items() if key in chosen)
     arena.drop(data)
     arena.drop(answers)
     return {
