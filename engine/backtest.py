@@ -8,24 +8,28 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import structlog
 import torch
 from numpy.typing import NDArray
 
 from engine.audit import held_out
 from engine.build import spec_of
 from engine.core import Core
+from engine.errors import UsageError
 from engine.launch import core_of
 from engine.policyfile import LoadedPolicy
 from policies.interfaces import StepKind
 from streams.base import Record
 from streams.codec import Event, Feedback
 from streams.npz import Recorded, recorded
+
+log = structlog.get_logger("adaptd")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,27 +155,44 @@ def report(core: Core, data: Recorded, result: Result) -> dict[str, Any]:
     }
     out |= {"accuracy": None, "source_accuracy": None, "accuracy_by_domain": {}}
     if data.y is not None:
+        known = _usable(core, data)
         right, was = result.predicted == data.y, result.source == data.y
         out |= {
-            "accuracy": float(right.mean()),
-            "source_accuracy": float(was.mean()),
-            "negative_flip_rate": float((was & ~right).mean()),
-            "positive_flip_rate": float((~was & right).mean()),
-            "accuracy_by_domain": _by_domain(data, right),
-            "source_accuracy_by_domain": _by_domain(data, was),
+            "labelled": int(known.sum()),
+            "unusable_labels": int((data.y >= 0).sum() - known.sum()),
+            "accuracy": float(right[known].mean()),
+            "source_accuracy": float(was[known].mean()),
+            "negative_flip_rate": float((was & ~right)[known].mean()),
+            "positive_flip_rate": float((~was & right)[known].mean()),
+            "accuracy_by_domain": _by(_domains(data), right, known),
+            "source_accuracy_by_domain": _by(_domains(data), was, known),
+            "accuracy_by_group": _by(data.group, right, known),
+            "source_accuracy_by_group": _by(data.group, was, known),
         }
     return out
 
 
-def _by_domain(data: Recorded, right: NDArray[np.bool_]) -> dict[str, float]:
-    """Mean of ``right`` by domain name, in order of appearance."""
+def _usable(core: Core, data: Recorded) -> NDArray[np.bool_]:
+    """Which rows have a label that is a class of the model."""
+    assert data.y is not None
+    usable: NDArray[np.bool_] = (data.y >= 0) & (data.y < core.host.num_classes)
+    return usable
+
+
+def _domains(data: Recorded) -> list[str] | None:
     if data.domain is None:
-        return {}
-    found: dict[str, float] = {}
-    for number in dict.fromkeys(data.domain.tolist()):
-        name = data.domains[number] if data.domains else str(number)
-        found[name] = float(right[data.domain == number].mean())
-    return found
+        return None
+    return [data.domains[number] if data.domains else str(number) for number in data.domain.tolist()]
+
+
+def _by(names: Sequence[str | None] | None, right: NDArray[np.bool_], known: NDArray[np.bool_]) -> dict[str, float]:
+    """Mean of ``right`` over rows whose label is ``known``, by name, in order of appearance."""
+    found: dict[str, list[bool]] = {}
+    rows = zip(names or (), right.tolist(), known.tolist(), strict=False)
+    for name, one, usable in rows:
+        if usable and name is not None:
+            found.setdefault(name, []).append(one)
+    return {name: sum(each) / len(each) for name, each in found.items()}
 
 
 def command(loaded: LoadedPolicy, path: Path, *, label_delay: int, feedback_share: float, seed: int) -> dict[str, Any]:
@@ -179,14 +200,36 @@ def command(loaded: LoadedPolicy, path: Path, *, label_delay: int, feedback_shar
 
     Raises:
         PolicyFileError: The policy does not fit the stream.
+        UsageError: Its labels are no classes of the model.
         StreamError: The stream cannot be read.
     """
     core = core_of(loaded, background=False, directory=None)
     data = recorded(path, spec_of(loaded.policy))
+    _check_labels(core, data, path)
     options = Options(
         batch_size=loaded.policy.batching.max_size,
         label_delay=label_delay,
         feedback_share=feedback_share,
         seed=seed,
     )
-    return report(core, data, run(core, data, options))
+    head = {"data": path.name, "policy": loaded.source, "policy_digest": loaded.digest, "seed": loaded.policy.seed}
+    choice = {"feedback_seed": seed, "label_delay": label_delay, "feedback_share": feedback_share}
+    return head | choice | report(core, data, run(core, data, options))
+
+
+def _check_labels(core: Core, data: Recorded, path: Path) -> None:
+    """Refuse labels none of which is a class of the model, since an accuracy of 0 would say nothing; tell of a few.
+
+    Raises:
+        UsageError: There are labels, and none can be used.
+    """
+    if data.y is None or not (data.y >= 0).any():
+        return
+    given, usable = int((data.y >= 0).sum()), int(_usable(core, data).sum())
+    text = f"{path}: {given - usable} of {given} labels are no class of the model, which has {core.host.num_classes}"
+    if not usable:
+        raise UsageError(
+            f"{text} (0 to {core.host.num_classes - 1}); number the classes of the stream as the model does"
+        )
+    if usable < given:
+        log.warning("unusable_labels", text=f"{text}; they count for nothing")

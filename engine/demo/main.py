@@ -76,6 +76,7 @@ class Outcome:
         confidence: ``(N,)`` probability of the class answered.
         seconds: Seconds that the daemon ran.
         duplicates: Answers beyond the one for each event.
+        answered: Events answered in these seconds; the others were by an earlier run.
     """
 
     stream: streams.Stream
@@ -86,6 +87,7 @@ class Outcome:
     confidence: NDArray[np.float64]
     seconds: float
     duplicates: int
+    answered: int
 
     def phases(self) -> list[dict[str, Any]]:
         """Accuracy of both by phase, in order."""
@@ -105,7 +107,8 @@ class Outcome:
         return {
             "events": len(right),
             "seconds": self.seconds,
-            "events_per_second": len(right) / self.seconds,
+            "answered_now": self.answered,
+            "events_per_second": self.answered / self.seconds if self.answered else None,
             "answers_beyond_one": self.duplicates,
             "accuracy": float(right.mean()),
             "frozen_accuracy": float(was.mean()),
@@ -133,8 +136,10 @@ def demonstrate(directory: Path, *, events: int, seed: int, as_json: bool) -> No
     configure_logs(Log(level="warning"))
     started = time.monotonic()
     with _bar(console, events) as progress:
-        run_policy(loaded, watch=_watcher(progress))
-    outcome = _collect(directory, stream, time.monotonic() - started)
+        before: list[int] = []
+        daemon = run_policy(loaded, watch=_watcher(progress, events, before))
+    answered = daemon.core.counts["events"] - before[0]
+    outcome = _collect(directory, stream, time.monotonic() - started, answered)
     from engine.demo.report import write_report
 
     page = directory / "report.html"
@@ -157,7 +162,10 @@ def _prepare(directory: Path, events: int, seed: int, console: Console) -> strea
         if json.loads(told.read_text()) != {"events": events, "seed": seed}:
             raise UsageError(f"{directory} holds a demonstration with other options; choose another --dir")
         return stream
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--dir {directory}: {error.strerror}; name a directory that can be made") from error
     with console.status("training a small CNN on clean digits"):
         x = torch.from_numpy(digits.train_x)[:, None]
         model = train(x, torch.from_numpy(digits.train_y))
@@ -196,21 +204,35 @@ def _bar(console: Console, events: int) -> Progress:
     return progress
 
 
-def _watcher(progress: Progress) -> Callable[[Daemon], Any]:
+def _watcher(progress: Progress, events: int, before: list[int]) -> Callable[[Daemon], Any]:
+    """What shows how far the daemon is: a bar on a terminal, ten lines elsewhere.
+
+    Args:
+        progress: The bar.
+        events: How many there are.
+        before: Is given the number of events that were answered before.
+    """
+
     async def watch(daemon: Daemon) -> None:
+        before.append(daemon.core.counts["events"])
+        told = before[0]
         while True:
             core = daemon.core
             note = f"updates {core.step}  release {core.release}  labels {core.counts['labels']}"
             accuracy = core.audit.accuracies()
             if accuracy:
                 note += f"  audit: frozen {accuracy['source']:.0%}, live {accuracy['live']:.0%}"
-            progress.update(progress.task_ids[0], completed=core.counts["events"], note=note)
+            done = core.counts["events"]
+            progress.update(progress.task_ids[0], completed=done, note=note)
+            if not progress.console.is_terminal and done >= told + events // 10:
+                told = done
+                progress.console.print(f"{done} of {events} events  {note}", highlight=False)
             await anyio.sleep(0.2)
 
     return watch
 
 
-def _collect(directory: Path, stream: streams.Stream, seconds: float) -> Outcome:
+def _collect(directory: Path, stream: streams.Stream, seconds: float, answered: int) -> Outcome:
     """Read the answers back, one for each event, and compare with the model that never changed."""
     total = len(stream.y)
     adapted, step, release = (np.full(total, -1, dtype=np.int64) for _ in range(3))
@@ -230,7 +252,7 @@ def _collect(directory: Path, stream: streams.Stream, seconds: float) -> Outcome
     model.load_state_dict(load_file(directory / "model.safetensors"))
     with torch.inference_mode():
         frozen = model.eval()(torch.from_numpy(stream.x).float()[:, None] / 255).argmax(1).numpy()
-    return Outcome(stream, frozen, adapted, step, release, confidence, seconds, lines - total)
+    return Outcome(stream, frozen, adapted, step, release, confidence, seconds, lines - total, answered)
 
 
 def _show(outcome: Outcome, page: Path) -> None:
@@ -245,7 +267,8 @@ def _show(outcome: Outcome, page: Path) -> None:
     for name in ("drifted", "clean"):
         table.add_row(*_cells(name, "", summary[name]["frozen"], summary[name]["adapted"]))
     console = Console(soft_wrap=True)
-    console.print(f"{summary['events']} events in {outcome.seconds:.1f} s; labels for a fifth of them, and late")
+    now = "" if outcome.answered == summary["events"] else f" ({outcome.answered} of them now, the others before)"
+    console.print(f"{summary['events']} events{now} in {outcome.seconds:.1f} s; labels for a fifth of them, and late")
     console.print(table)
     console.print(f"{summary['updates']} updates, {summary['releases']} releases; pictures: {page}")
 

@@ -40,8 +40,10 @@ def write_report(path: Path, outcome: Outcome) -> None:
     """Write the report with its pictures as SVG inside."""
     summary = outcome.summary()
     drifted, clean = summary["drifted"], summary["clean"]
+    speed = summary["events_per_second"]
+    pace = f" ({speed:,.0f} a second)" if speed is not None else ""
     lead = (
-        f"{summary['events']:,} events in {summary['seconds']:.1f} s ({summary['events_per_second']:,.0f} a second). "
+        f"{summary['events']:,} events in {summary['seconds']:.1f} s{pace}. "
         f"While the world had drifted the frozen model was right on {drifted['frozen']:.1%} of the events and the "
         f"adapted one on {drifted['adapted']:.1%}; on clean data {clean['frozen']:.1%} and {clean['adapted']:.1%}. "
         f"{summary['updates']:,} updates, {summary['releases']} releases."

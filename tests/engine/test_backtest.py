@@ -10,14 +10,16 @@ import numpy as np
 import pytest
 
 from engine import backtest
-from engine.backtest import Options, Result
+from engine.backtest import Options, Result, command
 from engine.core import Answers, Core
+from engine.errors import UsageError
 from engine.policyfile import LoadedPolicy, load
 from policies.interfaces import Batch
 from streams.base import StreamError
 from streams.codec import Event, Feedback
 from streams.npz import Recorded
 from tests.engine.cores import CLASSES, FEATURES, choice, label_of, make_core, rows
+from tests.engine.policies import BASE, write
 
 POLICY = """\
 version: 1
@@ -226,7 +228,7 @@ def test_equal_seeds_give_equal_figures_from_either_form_of_file(tmp_path: Path,
     data = domains(300)
     first = figures(loaded, save(tmp_path / "a.npz", data))
     assert figures(loaded, tmp_path / "a.npz") == first
-    assert figures(loaded, save(tmp_path / "a.jsonl", data)) == first
+    assert figures(loaded, save(tmp_path / "a.jsonl", data)) == first | {"data": "a.jsonl"}
     assert first["events"] == 300
     assert first["updates"] > 20
     assert first["accuracy"] > first["source_accuracy"]
@@ -268,5 +270,40 @@ def test_labels_that_the_model_has_no_class_for_are_counted_and_not_learned_from
 ) -> None:
     data = domains(100)
     assert data.y is not None
-    found = figures(loaded, save(tmp_path / "a.npz", replace(data, y=data.y + CLASSES)))
-    assert (found["labels"], found["updates_by_kind"]["learning"], found["accuracy"]) == (0, 0, 0.0)
+    y = data.y + CLASSES
+    y[:1] = 0
+    found = figures(loaded, save(tmp_path / "a.npz", replace(data, y=y)))
+    assert (found["labelled"], found["unusable_labels"], found["labels"]) == (1, 99, 1)
+
+
+def small(directory: Path, labels: object, **more: object) -> Path:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(64, 4)).astype(np.float32)
+    np.savez(directory / "small.npz", x=x, y=np.asarray(labels), t=np.arange(64.0), **more)  # type: ignore[arg-type]
+    (directory / "model.py").write_text("from torch import nn\ndef build(): return nn.Linear(4, 3)\n")
+    return directory / "small.npz"
+
+
+def of_command(directory: Path, data: Path) -> dict[str, Any]:
+    loaded = load(write(directory, BASE + "learning: {enabled: false}\n"), environ={})
+    return command(loaded, data, label_delay=0, feedback_share=1.0, seed=5)
+
+
+def test_labels_none_of_which_is_a_class_of_the_model_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="64 of 64 labels are no class of the model, which has 3"):
+        of_command(tmp_path, small(tmp_path, [7] * 64))
+
+
+def test_some_labels_that_are_no_class_and_rows_without_one_count_for_nothing(tmp_path: Path) -> None:
+    found = of_command(tmp_path, small(tmp_path, [0, 1, 2, 9, -1, 0, 1, 2] * 8))
+    assert (found["labelled"], found["unusable_labels"]) == (48, 8)
+    assert found["accuracy"] == found["source_accuracy"]
+
+
+def test_a_report_tells_what_it_is_of_and_accuracy_by_group(tmp_path: Path) -> None:
+    data = small(tmp_path, [0, 1] * 32, group=np.array(["a", "b"] * 32))
+    found = of_command(tmp_path, data)
+    assert (found["data"], found["seed"], found["feedback_seed"]) == ("small.npz", 0, 5)
+    assert len(found["policy_digest"]) == 64
+    assert set(found["accuracy_by_group"]) == {"a", "b"}
+    assert sum(found["accuracy_by_group"].values()) / 2 == pytest.approx(found["accuracy"])

@@ -83,7 +83,7 @@ def outcome(stream: streams.Stream) -> Outcome:
     count = len(stream.y)
     frozen = np.where(clean, stream.y, (stream.y + 1) % 10)
     steps = np.arange(count) // 50
-    return Outcome(stream, frozen, stream.y.copy(), steps, steps // 20, np.full(count, 0.9), 2.0, 0)
+    return Outcome(stream, frozen, stream.y.copy(), steps, steps // 20, np.full(count, 0.9), 2.0, 0, count)
 
 
 def test_the_summary_compares_both_models_by_phase(stream: streams.Stream) -> None:
@@ -113,10 +113,12 @@ def test_a_demonstration_goes_from_end_to_end_and_does_nothing_twice(
 ) -> None:
     monkeypatch.setattr(demo, "train", partial(train, epochs=1))
     directory = tmp_path / "demo"
-    for _ in range(2):
+    for expected in (1000, 0):
         demo.demonstrate(directory, events=1000, seed=0, as_json=True)
         found = json.loads(capsys.readouterr().out)
         assert (found["events"], found["answers_beyond_one"]) == (1000, 0)
+        assert found["answered_now"] == expected
+        assert (found["events_per_second"] is None) == (expected == 0)
         assert len((directory / "predictions.jsonl").read_text().splitlines()) == 1000
     assert found["updates"] > 0
     assert Path(found["report"]).read_text().startswith("<!doctype html>")
@@ -125,7 +127,13 @@ def test_a_demonstration_goes_from_end_to_end_and_does_nothing_twice(
     answers = (directory / "predictions.jsonl").read_text().splitlines(keepends=True)
     (directory / "predictions.jsonl").write_text("".join(answers[:-7]))
     with pytest.raises(UsageError, match="7 of 1000 events have no answer yet"):
-        demo._collect(directory, streams.make_stream(streams.load_digits(), 1000), 1.0)
+        demo._collect(directory, streams.make_stream(streams.load_digits(), 1000), 1.0, 1000)
+
+
+def test_a_file_in_the_place_of_the_directory_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match=r"--dir .*file: File exists; name a directory that can be made"):
+        demo.demonstrate(tmp_path / "file", events=1000, seed=0, as_json=True)
 
 
 def test_without_its_extra_the_demonstration_says_what_to_install(
