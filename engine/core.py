@@ -29,6 +29,7 @@ from policies.interfaces import (
     Action,
     Adaptation,
     Batch,
+    Decision,
     Outcome,
     State,
     StepKind,
@@ -84,7 +85,7 @@ class Core:
         step: Updates applied to the live weights.
         release: Number of the current release; 0 is the source model.
         job: The background job to run or running, if any.
-        decisions: Release decisions not yet reported, oldest first.
+        decisions: Release decisions not yet reported, oldest first; whoever reports them takes them out.
     """
 
     def __init__(
@@ -109,6 +110,7 @@ class Core:
         self.clock = Watermark(settings.window)
         self.job: Job | None = None
         self.last_job: Job | None = None
+        self.decisions: deque[Decision] = deque(maxlen=64)
         self.entropy = 0.0
         self.deferred = 0
         self._to_learn: deque[Joined] = deque()
@@ -180,6 +182,7 @@ class Core:
         if self._reset_due:
             self._reset()
         elif self._updates:
+            self.counts["merged_batches"] += max(0, self.deferred - 1)
             self._count(StepKind.ADAPTATION, self.methods.adaptation.update())
         self.deferred = 0
 
@@ -287,6 +290,7 @@ class Core:
         decision = job.decision
         assert decision is not None
         self.counts[f"decisions.{decision.action}.{decision.reason}"] += 1
+        self.decisions.append(decision)
         if decision.action is Action.PROMOTE:
             assert job.chosen is not None
             assert job.chosen_classes is not None

@@ -101,6 +101,9 @@ class Families:
     def _declare_updates(self) -> None:
         self.updates = self._counter("updates", "Updates applied to the live weights", "kind")
         self.updates_skipped = self._counter("updates_skipped", "Updates that left the weights alone", "kind", "reason")
+        self.merged_batches = self._counter(
+            "merged_batches", "Batches without an adaptation step of their own: they waited for a job and shared one"
+        )
         self.resets = self._counter("resets", "Returns of the live weights to the source model")
         self.rollbacks = self._counter("rollbacks", "Returns of the live weights to the release")
         self.nonfinite_inputs = self._counter("nonfinite_inputs", "Rows whose inputs held NaN or infinity")

@@ -229,6 +229,7 @@ class Metrics(Families):
             "labels": self.labels,
             "unusable_labels": self.unusable_labels,
             "nonfinite_inputs": self.nonfinite_inputs,
+            "merged_batches": self.merged_batches,
             "resets": self.resets,
             "rollbacks": self.rollbacks,
         }

@@ -6,6 +6,8 @@ import time
 from collections.abc import Sequence
 from typing import cast
 
+import structlog
+
 from engine.core import Core
 from engine.cutter import Bad, Cut, split
 from engine.keeper import Keeper, Snapshot
@@ -16,6 +18,11 @@ from streams.codec import Event, Feedback
 from streams.journal import Entry, Kind
 from streams.seams import failpoint
 
+log = structlog.get_logger("adaptd")
+
+QUIET_SECONDS = 60.0
+"""Time after which another dead letter is described in the log; all are counted."""
+
 
 class Runner:
     """Journals and applies cuts, in order.
@@ -24,6 +31,7 @@ class Runner:
         positions: The next offset to read of every partition, for what has been applied.
         batches: Cuts applied by this process.
         replayed: Of these, cuts repeated from the journal.
+        dead_letters: Records in them that could not be decoded.
     """
 
     def __init__(self, core: Core, keeper: Keeper, writer: Writer, metrics: Metrics, positions: Positions) -> None:
@@ -34,6 +42,8 @@ class Runner:
         self.positions = dict(positions)
         self.batches = 0
         self.replayed = 0
+        self.dead_letters = 0
+        self._quiet_until = 0.0
 
     def apply(self, cuts: Sequence[Cut]) -> None:
         """Apply cuts; each is in the journal before anything changes."""
@@ -48,7 +58,27 @@ class Runner:
                 self._batch(cut)
             self.positions.update(cut.positions())
             self.batches += 1
+        self._report()
+
+    def _report(self) -> None:
+        """Tell metrics and log what has happened."""
         self.metrics.watch(self.core)
+        while self.core.decisions:
+            decision = self.core.decisions.popleft()
+            figures = {name: round(value, 4) for name, value in decision.figures.items()}
+            log.info(
+                "release_decided", action=decision.action, reason=decision.reason, release=self.core.release, **figures
+            )
+
+    def _dead(self, bad: Sequence[Bad]) -> None:
+        """Count records that could not be decoded, and describe one of them once in a while."""
+        self.dead_letters += len(bad)
+        now = time.monotonic()
+        if bad and now >= self._quiet_until:
+            self._quiet_until = now + QUIET_SECONDS
+            record, error = bad[0].record, bad[0].error
+            place = f"{record.stream}-{record.partition}-{record.offset}"
+            log.warning("dead_letter", record=place, error=str(error), so_far=self.dead_letters)
 
     def _journal(self, cut: Cut) -> None:
         self.keeper.sequence += 1
@@ -61,6 +91,7 @@ class Runner:
 
     def _batch(self, cut: Cut) -> None:
         good, bad = split(cut.items)
+        self._dead(bad)
         positions = cut.positions()
         if cut.kind is Kind.DATA and good:
             self._answer(cast("list[Event]", good), bad, positions)  # a stream carries one kind
@@ -98,7 +129,7 @@ class Runner:
         self.keeper.append(Entry(self.keeper.sequence, Kind.DONE, self.core.watermark, ()))
         self.core.done()
         failpoint("job.taken")
-        self.metrics.watch(self.core)
+        self._report()
 
     def finish(self) -> None:
         """Learn from what is left at the end of bounded streams; an entry of the journal like any batch."""

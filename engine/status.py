@@ -32,6 +32,7 @@ def status(daemon: Daemon) -> dict[str, Any]:
         "uptime_seconds": round(now - daemon.started, 1),
         "events": core.counts["events"],
         "labels": core.counts["labels"],
+        "dead_letters": daemon.runner.dead_letters,
         "model": {"release": core.release, "step": core.step, "alpha": core.alpha},
         "accuracy": core.audit.accuracies(),
         "audited": len(core.audit),

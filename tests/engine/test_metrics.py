@@ -20,6 +20,7 @@ from streams.join import Joined
 from tests.engine.cores import events, feedback, make_core
 
 FROZEN = {
+    "adaptd_merged_batches": ("counter", ()),
     "adaptd_times_ahead": ("counter", ()),
     "adaptd_policy": ("info", ()),
     "adaptd_reload": ("counter", ("result",)),

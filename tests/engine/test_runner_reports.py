@@ -1,0 +1,46 @@
+"""What the runner tells of: releases and dead letters."""
+
+from pathlib import Path
+
+import structlog
+
+from streams.memory import MemorySink, MemorySource
+from tests.engine.cores import choice, events, feedback, make_core
+from tests.engine.parts import daemon_on, fill, memory, run
+
+
+async def test_every_decision_on_a_release_is_logged_with_its_figures(tmp_path: Path) -> None:
+    core = make_core(choice("interpolation", "linear"), choice("gate", "flips"), release_every=100)
+    with structlog.testing.capture_logs() as logs, daemon_on(tmp_path, memory(300), core=core, by_time=True) as daemon:
+        await run(daemon)
+    told = [line for line in logs if line["event"] == "release_decided"]
+    assert len(told) == sum(count for name, count in core.counts.items() if name.startswith("decisions."))
+    assert told
+    assert {"action", "reason", "release", "accuracy_live"} <= told[0].keys()
+
+
+async def test_many_dead_letters_are_counted_and_one_is_described(tmp_path: Path) -> None:
+    source = MemorySource({"data": 1, "feedback": 1})
+    for _ in range(40):
+        source.append("data", b"what is this?")
+    fill(source, 0, 10)
+    with structlog.testing.capture_logs() as logs, daemon_on(tmp_path, source, letters=MemorySink()) as daemon:
+        await run(daemon)
+    (told,) = [line for line in logs if line["event"] == "dead_letter"]
+    assert told["record"] == "data-0-0"
+    assert "not_json" in told["error"]
+    assert daemon.runner.dead_letters == 40
+
+
+def test_batches_that_share_a_step_of_adaptation_are_counted() -> None:
+    core = make_core(choice("adaptation", "tent"), background=True, audit_share=0.0)
+    core.answer(events(0, 16))
+    core.follow()
+    core.feedback(feedback(0, 16))
+    assert core.job is not None
+    for number in range(1, 4):
+        core.answer(events(16 * number, 16))
+        core.follow()
+    core.learner.run(core.job)
+    core.done()
+    assert core.counts["merged_batches"] == 2
