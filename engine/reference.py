@@ -1,6 +1,6 @@
-"""Writes ``docs/policy.md``, the reference of policy files, from the models themselves.
+"""Writes ``docs/policy.md`` and ``docs/metrics.md``, the references, from what they describe.
 
-``python -m engine.reference`` writes it, ``python -m engine.reference --check`` fails where it is not up to date.
+``python -m engine.reference`` writes them, ``python -m engine.reference --check`` fails where one is not up to date.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from engine.methodspec import MethodSpec, inline, summary
+from engine.metric_reference import metric_reference
 from engine.policy import Policy
 from engine.policyfile import presets
 from engine.problems import model_in
@@ -204,16 +205,17 @@ def _first_comment(preset: str) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Write the page, or compare it byte for byte."""
-    page = reference().encode()
-    if "--check" not in arguments:
-        PLACE.parent.mkdir(exist_ok=True)
-        PLACE.write_bytes(page)
-        return 0
-    if PLACE.is_file() and PLACE.read_bytes() == page:
-        return 0
-    sys.stderr.write(f"{PLACE} is not up to date; run: python -m engine.reference\n")
-    return 1
+    """Write the pages, or compare them byte for byte."""
+    stale = 0
+    for place, text in ((PLACE, reference()), (PLACE.with_name("metrics.md"), metric_reference())):
+        page = text.encode()
+        if "--check" not in arguments:
+            place.parent.mkdir(exist_ok=True)
+            place.write_bytes(page)
+        elif not place.is_file() or place.read_bytes() != page:
+            sys.stderr.write(f"{place} is not up to date; run: python -m engine.reference\n")
+            stale = 1
+    return stale
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ STATUS_KEYS = {
     "waiting_for",
     "uptime_seconds",
     "events",
+    "dead_letters",
     "labels",
     "model",
     "accuracy",
