@@ -28,6 +28,7 @@ METHODS: dict[str, dict[str, str]] = {
         "deyo": "policies.adaptation.deyo:DeYO",
         "delta": "policies.adaptation.delta:DELTA",
         "cotta": "policies.adaptation.cotta:CoTTA",
+        "memo": "policies.adaptation.memo:MEMO",
         "note": "policies.adaptation.note:NOTE",
         "sotta": "policies.adaptation.sotta:SoTTA",
         "t3a": "policies.adaptation.t3a:T3A",
