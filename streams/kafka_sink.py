@@ -7,16 +7,15 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 from kafka import KafkaProducer, errors
 from kafka.partitioner import StickyPartitioner
-from kafka.partitioner.default import murmur2
 
 from streams.base import Message, StreamError, StreamUnavailableError
 from streams.kafka_client import as_stream_error, connect, describe, explain, forbidden
 from streams.kafka_settings import KafkaSettings
+from streams.murmur import murmur2
 
 _RECORD_OVERHEAD = 128
 """Bytes that a record and its batch may cost beside key, value and headers."""
@@ -35,31 +34,6 @@ _FINAL = (
 _TRANSACTION_TIMEOUTS = 1.5
 """Time that a broker leaves a transaction open whose process is gone, in ``settings.timeout``. Whoever takes its
 partitions over waits for that; and no call of ours waits longer."""
-
-_hash = lru_cache(maxsize=16_384)(murmur2)
-
-
-class KeyPartitioner(StickyPartitioner):  # type: ignore[misc]  # kafka-python has no types
-    """The partition that Kafka's own clients choose: murmur2 of the key; without a key, one partition per batch.
-
-    The hash is pure Python in kafka-python, so that of recent keys is remembered.
-    """
-
-    def partition(
-        self,
-        topic: str,
-        key: bytes | None,
-        serialized_key: bytes | None,
-        value: bytes | None,
-        serialized_value: bytes | None,
-        cluster: Any,
-    ) -> int | None:
-        """Return the number of the partition for one record, or none where the topic is unknown."""
-        if serialized_key is None:
-            chosen: int | None = super().partition(topic, key, None, value, serialized_value, cluster)
-            return chosen
-        known = cluster.partitions_for_topic(topic)
-        return (_hash(serialized_key) & 0x7FFFFFFF) % len(known) if known else None
 
 
 class KafkaClient:
@@ -96,7 +70,7 @@ class KafkaClient:
             return self._producer
 
     def _connect(self) -> Any:
-        config = self.settings.producer_config() | {"partitioner": KeyPartitioner()}
+        config = self.settings.producer_config() | {"partitioner": StickyPartitioner()}
         if self.transactional_id is not None:
             # The first message after a commit is refused until the cluster has written down that commit, and asked for
             # again only after this time, a tenth of a second as a rule.
@@ -243,11 +217,21 @@ class KafkaSink:
                 raise self._too_large(size, message)
         self._make_room(len(messages))
         topic, hand_over, keep = self.topic, producer.send, self._pending.append
-        for (key, value, headers), size in zip(messages, sizes, strict=True):
-            try:
-                keep((hand_over(topic, value, key, list(headers) if headers else None), size))
-            except errors.KafkaError as error:
-                raise self._client.failure(error, f"writing to {topic}") from error
+        try:
+            places = self._places(messages, producer)
+            for (key, value, headers), size, place in zip(messages, sizes, places, strict=True):
+                keep((hand_over(topic, value, key, list(headers) if headers else None, place), size))
+        except errors.KafkaError as error:
+            raise self._client.failure(error, f"writing to {topic}") from error
+
+    def _places(self, messages: Sequence[Message], producer: Any) -> Sequence[int | None]:
+        """The partition of each message: by its key as Kafka's own clients choose it; none leaves it to the client."""
+        keys = [message[0] for message in messages if message[0] is not None]
+        if not keys:
+            return [None] * len(messages)
+        count = len(producer.partitions_for(self.topic))
+        found = iter(((murmur2(keys) & 0x7FFFFFFF) % count).tolist())
+        return [None if message[0] is None else next(found) for message in messages]
 
     def flush(self, timeout: float) -> None:
         """Return once the cluster has confirmed everything sent.

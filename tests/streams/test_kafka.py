@@ -17,7 +17,7 @@ from streams.kafka_client import as_stream_error, connect
 from streams.kafka_commits import Commits
 from streams.kafka_fetch import free_slot, records
 from streams.kafka_rebalance import HandoverError, HandoverListener, check_together
-from streams.kafka_sink import KafkaClient, KeyPartitioner
+from streams.kafka_sink import KafkaClient
 
 SETTINGS = KafkaSettings(bootstrap_servers=("localhost:1",), timeout=0.3)
 TP = TopicPartition("t", 0)
@@ -249,7 +249,10 @@ class FakeProducer:
     def __init__(self) -> None:
         self.sent: list[tuple[bytes, FakeFuture]] = []
 
-    def send(self, topic: str, value: bytes, key: bytes | None, headers: object) -> FakeFuture:
+    def partitions_for(self, topic: str) -> set[int]:
+        return {0}
+
+    def send(self, topic: str, value: bytes, key: bytes | None, headers: object, partition: int | None) -> FakeFuture:
         self.sent.append((value, FakeFuture()))
         return self.sent[-1][1]
 
@@ -323,21 +326,6 @@ def test_a_sink_that_is_not_open_says_so_and_closes_quietly() -> None:
         sink.send(messages("a"))
     sink.close()
     assert (sink.name, sink.pending) == ("out", 0)
-
-
-class FakeCluster:
-    def __init__(self, partitions: set[int] | None) -> None:
-        self.partitions = partitions
-
-    def partitions_for_topic(self, topic: str) -> set[int] | None:
-        return self.partitions
-
-
-@pytest.mark.parametrize(("key", "positive_hash"), [(b"21", 1173551340), (b"foobar", 1357151166), (b"", 275646681)])
-def test_keys_go_to_the_partition_that_other_clients_choose(key: bytes, positive_hash: int) -> None:
-    chosen = KeyPartitioner().partition("t", key, key, b"", b"", FakeCluster({0, 1, 2, 3, 4, 5, 6}))
-    assert chosen == positive_hash % 7
-    assert KeyPartitioner().partition("t", key, key, b"", b"", FakeCluster(None)) is None
 
 
 def test_settings_that_the_client_refuses_are_told(tmp_path: Path) -> None:
