@@ -29,6 +29,8 @@ METHODS: dict[str, dict[str, str]] = {
         "delta": "policies.adaptation.delta:DELTA",
         "cotta": "policies.adaptation.cotta:CoTTA",
         "memo": "policies.adaptation.memo:MEMO",
+        "petta": "policies.adaptation.petta:PeTTA",
+        "rdumb": "policies.adaptation.rdumb:RDumb",
         "note": "policies.adaptation.note:NOTE",
         "sotta": "policies.adaptation.sotta:SoTTA",
         "t3a": "policies.adaptation.t3a:T3A",
