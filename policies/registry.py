@@ -31,6 +31,7 @@ METHODS: dict[str, dict[str, str]] = {
         "memo": "policies.adaptation.memo:MEMO",
         "petta": "policies.adaptation.petta:PeTTA",
         "rdumb": "policies.adaptation.rdumb:RDumb",
+        "tribe": "policies.adaptation.tribe:TRIBE",
         "note": "policies.adaptation.note:NOTE",
         "sotta": "policies.adaptation.sotta:SoTTA",
         "t3a": "policies.adaptation.t3a:T3A",

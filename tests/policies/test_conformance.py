@@ -51,6 +51,7 @@ EAGER: dict[str, dict[str, Any]] = {
     "memo": {"views": 2},
     "petta": {"capacity": 6, "interval": 8, "nu": 0.1, "prototype_rows": 30},
     "rdumb": {"margin": 1.0, "similarity": 1.0, "every": 3},
+    "tribe": {"margin": 1.0, "eta": 0.1},
     "t3a": {"supports": 2},
     "adanpc": {"capacity": 20, "neighbours": 3, "confidence": 0.0},
 }
