@@ -97,7 +97,7 @@ def test_what_init_writes_runs_and_its_checkpoints_can_be_looked_at(project: Pat
     journals[0].write_bytes(b"nothing of the kind")
     torn = adaptd("checkpoint", "verify", state)
     assert torn.code == 74
-    assert f"{journals[0]} is damaged at byte 0" in torn.err
+    assert f"{journals[0].name}: damaged at byte 0" in torn.out
 
 
 def test_run_again_a_finished_policy_has_nothing_to_do(project: Path, adaptd: Adaptd) -> None:

@@ -12,6 +12,7 @@ from kafka import OffsetAndMetadata, TopicPartition, errors
 
 from streams import kafka_sink, kafka_transactions
 from streams.base import Message, StreamError, StreamUnavailableError
+from streams.kafka_client import Topic
 from streams.kafka_settings import KafkaSettings
 from streams.kafka_sink import KafkaClient, KafkaSink
 from streams.kafka_transactions import KafkaTransactions
@@ -176,7 +177,7 @@ def test_who_has_not_joined_the_group_begins_nothing(cluster: Cluster, transacti
 def test_a_sink_forgets_what_was_handed_to_a_producer_that_was_given_up(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kafka_sink, "describe", lambda *_: None)
+    monkeypatch.setattr(kafka_sink, "describe", lambda *_, **__: {"out": Topic(1, "")})
     client = KafkaClient(SETTINGS, transactional_id="g-m")
     sink = KafkaSink("out", SETTINGS, client=client)
     client.acquire()
