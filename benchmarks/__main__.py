@@ -15,6 +15,7 @@ NAMES = (
     "model_overhead",
     "backtest_rotta",
     "rotta",
+    "tta",
     "join_memory",
     "flat_memory",
     "kafka",

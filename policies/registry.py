@@ -32,6 +32,7 @@ METHODS: dict[str, dict[str, str]] = {
         "petta": "policies.adaptation.petta:PeTTA",
         "rdumb": "policies.adaptation.rdumb:RDumb",
         "tribe": "policies.adaptation.tribe:TRIBE",
+        "mezo": "policies.adaptation.mezo:MeZO",
         "note": "policies.adaptation.note:NOTE",
         "sotta": "policies.adaptation.sotta:SoTTA",
         "t3a": "policies.adaptation.t3a:T3A",
