@@ -22,6 +22,7 @@ from engine.policy import Endpoint, Learning, Policy
 from policies.interfaces import PolicyError
 from policies.norm import NormSelection
 from streams.base import Sink, Source, Transactions
+from streams.clients import AnyClient, client_of, sink_of, source_of, transactions_of
 from streams.codec import InputSpec
 from streams.files import FileSink, FileSource
 from streams.join import JoinStore
@@ -227,4 +228,4 @@ def build_sink(
     assert policy.streams.kafka is not None
     assert endpoint.kafka is not None
     # The writer tries again for as long as it takes; in between it says what it waits for.
-    return KafkaSink(endpoint.kafka, policy.streams.kafka, client=client, send_timeout=2.0)
+    return sink_of(endpoint.kafka, client or client_of(policy.streams.kafka), send_timeout=2.0)

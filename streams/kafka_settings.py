@@ -1,15 +1,19 @@
-"""How to reach a Kafka cluster: one validated section, and what it becomes for kafka-python."""
+"""How to reach a Kafka cluster: one validated section, and what it becomes for kafka-python.
+
+What it becomes for librdkafka is in `streams.confluent_config`.
+"""
 
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import ipaddress
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from streams.base import StreamError
 
@@ -78,6 +82,8 @@ class KafkaSettings(BaseModel):
         BeforeValidator(_several, json_schema_input_type=str | tuple[str, ...]),
     ]
     """Brokers to ask first, ``host:port`` each; a list, or one string with commas."""
+    client: Literal["kafka-python", "confluent"] = "kafka-python"
+    """Library that talks to the cluster; ``confluent`` (librdkafka, for heavy streams) needs ``adaptd[confluent]``."""
     group: Annotated[str, Field(min_length=1, max_length=249)] | None = None
     """Consumer group; none means every partition is taken and no offset is committed."""
     client_id: Annotated[str, Field(min_length=1)] = "adaptd"
@@ -107,7 +113,7 @@ class KafkaSettings(BaseModel):
     timeout: Annotated[float, Field(gt=0, le=600)] = 10.0
     """Seconds to wait for the cluster when opening, committing and closing."""
     extra: dict[str, Extra] = Field(default_factory=dict)
-    """Further settings of kafka-python's consumer and producer, under its own names."""
+    """Further settings of the client's consumer and producer, under its own names."""
 
     @field_validator("bootstrap_servers")
     @classmethod
@@ -118,9 +124,22 @@ class KafkaSettings(BaseModel):
                 raise ValueError(f"{server!r} is not host:port")
         return servers
 
+    @field_validator("client")
+    @classmethod
+    def _has_client(cls, client: str) -> str:
+        if client == "confluent" and importlib.util.find_spec("confluent_kafka") is None:
+            raise ValueError("the package confluent-kafka is not installed: install adaptd[confluent]")
+        return client
+
     @field_validator("extra")
     @classmethod
-    def _knows_extra(cls, extra: dict[str, Extra]) -> dict[str, Extra]:
+    def _knows_extra(cls, extra: dict[str, Extra], info: ValidationInfo) -> dict[str, Extra]:
+        if info.data.get("client", "confluent") == "confluent":  # without one, the client is what is wrong
+            if extra and "client" in info.data:
+                from streams.confluent_config import check_extra
+
+                check_extra(extra)
+            return extra
         for key in extra:
             if key in _OURS:
                 raise ValueError(f"{key} may not be set here: {_OURS[key]}")
@@ -252,25 +271,49 @@ class KafkaSettings(BaseModel):
     def _sasl(self) -> dict[str, Any]:
         if not self.security_protocol.startswith("SASL"):
             return {}
-        secret = _secret("sasl_plain_password", self.sasl_plain_password_file, self.sasl_plain_password_env)
         return {
             "sasl_mechanism": self.sasl_mechanism,
             "sasl_plain_username": self.sasl_plain_username,
-            "sasl_plain_password": secret,
+            "sasl_plain_password": self.sasl_password(),
         }
 
     def _ssl(self) -> dict[str, Any]:
         if not self.security_protocol.endswith("SSL"):
             return {}
-        paths = {name: getattr(self, name) for name in ("ssl_cafile", "ssl_certfile", "ssl_keyfile", "ssl_crlfile")}
-        config: dict[str, Any] = {name: str(path) for name, path in paths.items() if path is not None}
-        for name, path in config.items():
-            if not Path(path).is_file():
-                raise StreamError(f"{name}: there is no file {path}")
+        config: dict[str, Any] = dict(self.ssl_files())
         config["ssl_check_hostname"] = self.ssl_check_hostname
         if self.ssl_password_file or self.ssl_password_env:
-            config["ssl_password"] = _secret("ssl_password", self.ssl_password_file, self.ssl_password_env)
+            config["ssl_password"] = self.ssl_password()
         return config
+
+    def sasl_password(self) -> str:
+        """Read the password of the user.
+
+        Raises:
+            StreamError: It cannot be read.
+        """
+        return _secret("sasl_plain_password", self.sasl_plain_password_file, self.sasl_plain_password_env)
+
+    def ssl_password(self) -> str:
+        """Read the password of ``ssl_keyfile``.
+
+        Raises:
+            StreamError: It cannot be read.
+        """
+        return _secret("ssl_password", self.ssl_password_file, self.ssl_password_env)
+
+    def ssl_files(self) -> dict[str, str]:
+        """Return the paths of certificates and keys that are given, by the name of their setting.
+
+        Raises:
+            StreamError: One of them does not exist.
+        """
+        paths = {name: getattr(self, name) for name in ("ssl_cafile", "ssl_certfile", "ssl_keyfile", "ssl_crlfile")}
+        given = {name: str(path) for name, path in paths.items() if path is not None}
+        for name, path in given.items():
+            if not Path(path).is_file():
+                raise StreamError(f"{name}: there is no file {path}")
+        return given
 
 
 def _check_known(extra: Mapping[str, Extra]) -> None:

@@ -6,13 +6,25 @@ import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from kafka import KafkaAdminClient
 from kafka.admin import NewTopic
 
-from streams.kafka import KafkaSettings, KafkaSink, KafkaSource
-from tests.broker.helpers import Keeper, Opened, SinkFactory, TopicFactory
+from streams.clients import source_of
+from streams.kafka import KafkaSettings
+from tests.broker.helpers import (
+    CLIENTS,
+    AnySink,
+    AnySource,
+    Keeper,
+    Opened,
+    SinkFactory,
+    TopicFactory,
+    named_for,
+    sink_on,
+)
 from tests.broker.node import BrokerMissingError, Node, jars
 
 HERE = Path(__file__).parent
@@ -89,18 +101,26 @@ def topic(admin: KafkaAdminClient) -> TopicFactory:
     return make
 
 
+@pytest.fixture(params=CLIENTS)
+def client(request: pytest.FixtureRequest) -> str:
+    """The library that a test runs on: every test runs on each."""
+    return str(request.param)
+
+
 @pytest.fixture
-def settings(bootstrap: str) -> KafkaSettings:
+def settings(bootstrap: str, client: str) -> KafkaSettings:
     # A member hears of a rebalance with its next heartbeat; the default of three seconds would be waited for.
-    return KafkaSettings(bootstrap_servers=(bootstrap,), allow_insecure=True, extra={"heartbeat_interval_ms": 300})
+    extra = named_for(client, {"heartbeat_interval_ms": 300})
+    given = {"bootstrap_servers": bootstrap, "client": client, "allow_insecure": True, "extra": extra}
+    return KafkaSettings.model_validate(given)
 
 
 @pytest.fixture
 def source(settings: KafkaSettings) -> Iterator[Opened]:
-    made: list[KafkaSource] = []
+    made: list[AnySource] = []
 
-    def make(*topics: str, keeper: Keeper | None = None, group: str | None = None, shared: bool = False) -> KafkaSource:
-        made.append(KafkaSource(topics, settings, group=group, assignment="group" if shared else "static"))
+    def make(*topics: str, keeper: Keeper | None = None, group: str | None = None, shared: bool = False) -> AnySource:
+        made.append(source_of(topics, settings, group=group, assignment="group" if shared else "static"))
         made[-1].open(keeper or Keeper())
         return made[-1]
 
@@ -111,10 +131,10 @@ def source(settings: KafkaSettings) -> Iterator[Opened]:
 
 @pytest.fixture
 def sink(settings: KafkaSettings) -> Iterator[SinkFactory]:
-    made: list[KafkaSink] = []
+    made: list[AnySink] = []
 
-    def make(topic: str, **options: object) -> KafkaSink:
-        made.append(KafkaSink(topic, settings, **options))  # type: ignore[arg-type]
+    def make(topic: str, **options: Any) -> AnySink:
+        made.append(sink_on(topic, settings, **options))
         made[-1].open()
         return made[-1]
 

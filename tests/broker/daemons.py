@@ -21,8 +21,8 @@ from kafka import KafkaAdminClient, KafkaConsumer, TopicPartition, errors
 
 from streams.base import Message, Partition
 from streams.codec import encode_event, encode_feedback
-from streams.kafka import KafkaSettings, KafkaSink
-from tests.broker.helpers import LIMIT, TopicFactory, fresh_group
+from streams.kafka import KafkaSettings
+from tests.broker.helpers import LIMIT, AnySink, TopicFactory, fresh_group, named_for
 
 POLICY = """\
 version: 1
@@ -112,7 +112,7 @@ def build():
     return Slow()
 """
 
-QUICK_GROUP = {"session_timeout_ms": 3000, "heartbeat_interval_ms": 300}
+QUICK_GROUP: dict[str, int] = {"session_timeout_ms": 3000, "heartbeat_interval_ms": 300}
 """Members are missed after seconds, not after the usual 45."""
 
 
@@ -132,9 +132,10 @@ class Topics:
             topic(partitions, "events"), topic(partitions, "feedback"), topic(2, "predictions"), topic(1, "letters")
         )
 
-    def flags(self, bootstrap: str) -> list[str]:
-        extra = ", ".join(f"{key}: {value}" for key, value in QUICK_GROUP.items())
+    def flags(self, bootstrap: str, client: str) -> list[str]:
+        extra = ", ".join(f"{key}: {value}" for key, value in named_for(client, QUICK_GROUP).items())
         return [
+            f"streams.kafka.client={client}",
             f"streams.kafka.bootstrap_servers={bootstrap}",
             f"streams.kafka.group={self.group}",
             f"streams.kafka.extra={{{extra}}}",
@@ -248,18 +249,25 @@ class Daemon:
     """A policy folder on its topics, and the processes that it was run by."""
 
     def __init__(
-        self, directory: Path, topics: Topics, bootstrap: str, policy: str = SMALL, model: str = LAYERS
+        self,
+        directory: Path,
+        topics: Topics,
+        bootstrap: str,
+        client: str,
+        *,
+        policy: str = SMALL,
+        model: str = LAYERS,
     ) -> None:
         directory.mkdir(exist_ok=True)
         (directory / "policy.yaml").write_text(policy)
         (directory / "model.py").write_text(model)
         self.directory = directory
         self.topics = topics
-        self._bootstrap = bootstrap
+        self._flags = topics.flags(bootstrap, client)
         self._lives: list[Process] = []
 
     def start(self, *flags: str, before: str = "", variables: Mapping[str, str] | None = None) -> Process:
-        flags = (*self.topics.flags(self._bootstrap), *flags)
+        flags = (*self._flags, *flags)
         life = Process(self.directory, flags, before=before, variables=variables)
         self._lives.append(life)
         return life
@@ -287,7 +295,7 @@ def small_feedback(first: int, count: int, delay: float = 0.5) -> list[Message]:
     ]
 
 
-def send(sink: KafkaSink, messages: Sequence[Message]) -> None:
+def send(sink: AnySink, messages: Sequence[Message]) -> None:
     sink.send(messages)
     sink.flush(LIMIT)
 

@@ -5,15 +5,37 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from streams.base import Found, Message, Partition, Positions, Record
-from streams.kafka import KafkaSink, KafkaSource
+from streams.clients import client_of, sink_of
+from streams.confluent_sink import ConfluentClient, ConfluentSink
+from streams.confluent_source import ConfluentSource
+from streams.kafka import KafkaClient, KafkaSettings, KafkaSink, KafkaSource
 
-Opened = Callable[..., KafkaSource]
-SinkFactory = Callable[..., KafkaSink]
+AnySource = KafkaSource | ConfluentSource
+AnyClient = KafkaClient | ConfluentClient
+AnySink = KafkaSink | ConfluentSink
+Opened = Callable[..., AnySource]
+SinkFactory = Callable[..., AnySink]
 TopicFactory = Callable[..., str]
 
 LIMIT = 20.0
+CLIENTS = ("kafka-python", "confluent")
+
+
+def with_extra(settings: KafkaSettings, **extra: int) -> KafkaSettings:
+    """The same settings with only these further ones, named as kafka-python names them."""
+    return settings.model_copy(update={"extra": named_for(settings.client, extra)})
+
+
+def named_for(client: str, extra: Mapping[str, int]) -> dict[str, int]:
+    """Further settings under the names of a client."""
+    return {key.replace("_", ".") if client == "confluent" else key: value for key, value in extra.items()}
+
+
+def sink_on(topic: str, settings: KafkaSettings, *, client: AnyClient | None = None, **options: Any) -> AnySink:
+    return sink_of(topic, client or client_of(settings), **options)
 
 
 class Keeper:
@@ -36,12 +58,12 @@ class Keeper:
         self.log.append(("lost" if lost else "revoked", sorted(partitions)))
 
 
-def write(sink: KafkaSink, count: int, first: int = 0) -> None:
+def write(sink: AnySink, count: int, first: int = 0) -> None:
     sink.send([Message(b"k%d" % n, b"%d" % n) for n in range(first, first + count)])
     sink.flush(LIMIT)
 
 
-def read(source: KafkaSource, count: int) -> list[Record]:
+def read(source: AnySource, count: int) -> list[Record]:
     records: list[Record] = []
     deadline = time.monotonic() + LIMIT
     while len(records) < count:
@@ -50,7 +72,7 @@ def read(source: KafkaSource, count: int) -> list[Record]:
     return records
 
 
-def poll_until(sources: Sequence[KafkaSource], done: Callable[[], bool]) -> list[Record]:
+def poll_until(sources: Sequence[AnySource], done: Callable[[], bool]) -> list[Record]:
     records: list[Record] = []
     deadline = time.monotonic() + LIMIT
     while not done():

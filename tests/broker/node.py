@@ -168,7 +168,7 @@ class Node:
         )
         self._config.write_text(filled)
         cluster = urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
-        tool = [*self._java, "kafka.tools.StorageTool", "format", "-t", cluster, "-c", str(self._config)]
+        tool = [*self._java, "kafka.tools.StorageTool", "format", f"--cluster-id={cluster}", "-c", str(self._config)]
         for mechanism in ("SCRAM-SHA-256", "SCRAM-SHA-512"):
             for user, password in ((USER, PASSWORD), (GUEST, GUEST_PASSWORD)):
                 tool += ["--add-scram", f"{mechanism}=[name={user},password={password}]"]

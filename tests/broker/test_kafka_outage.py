@@ -5,7 +5,8 @@ import time
 import pytest
 
 from streams.base import Message, Record, StreamUnavailableError
-from streams.kafka import KafkaSettings, KafkaSink, KafkaSource
+from streams.clients import source_of
+from streams.kafka import KafkaSettings
 from tests.broker.helpers import (
     LIMIT,
     Keeper,
@@ -15,6 +16,7 @@ from tests.broker.helpers import (
     fresh_group,
     poll_until,
     read,
+    sink_on,
     write,
 )
 from tests.broker.node import Node
@@ -55,7 +57,7 @@ def test_an_outage_is_told_not_fatal_and_a_member_goes_on_after_it(
 ) -> None:
     name, group, keeper = topic(2), fresh_group(), Keeper()
     brief = settings.model_copy(update={"timeout": 0.5})
-    hasty = KafkaSink(name, brief)
+    hasty = sink_on(name, brief)
     hasty.open()
     out = sink(name)
     reader = source(name, keeper=keeper, group=group, shared=True)
@@ -71,7 +73,7 @@ def test_an_outage_is_told_not_fatal_and_a_member_goes_on_after_it(
         hasty.close()
         assert time.monotonic() - started < 5
         with pytest.raises(StreamUnavailableError, match="no broker"):
-            KafkaSource([name], brief).open(Keeper())
+            source_of([name], brief).open(Keeper())
         reader.commit(ends)
         assert list(reader.poll(10, 0.3)) == []
     finally:

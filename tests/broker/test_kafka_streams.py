@@ -6,9 +6,11 @@ import pytest
 from kafka import KafkaAdminClient, TopicPartition
 
 from streams.base import Message, Record, StreamError
-from streams.kafka import KafkaClient, KafkaSettings, KafkaSink, KafkaSource
+from streams.clients import client_of, source_of
+from streams.kafka import KafkaSettings
 from tests.broker.helpers import (
     LIMIT,
+    AnySource,
     Keeper,
     Opened,
     SinkFactory,
@@ -16,8 +18,15 @@ from tests.broker.helpers import (
     fresh_group,
     poll_until,
     read,
+    sink_on,
+    with_extra,
     write,
 )
+
+GROWTH = {
+    "kafka-python": "streams.kafka._GROWTH_INTERVAL",
+    "confluent": "streams.confluent_places._GROWTH_INTERVAL",
+}
 
 
 def test_a_record_comes_back_as_it_was_sent(topic: TopicFactory, source: Opened, sink: SinkFactory) -> None:
@@ -87,9 +96,9 @@ def test_lag_counts_what_is_left(topic: TopicFactory, source: Opened, sink: Sink
 
 def test_a_missing_topic_is_refused_by_name(settings: KafkaSettings) -> None:
     with pytest.raises(StreamError, match="topic nowhere does not exist"):
-        KafkaSource(["nowhere"], settings).open(Keeper())
+        source_of(["nowhere"], settings).open(Keeper())
     with pytest.raises(StreamError, match="topic nowhere does not exist"):
-        KafkaSink("nowhere", settings).open()
+        sink_on("nowhere", settings).open()
 
 
 def test_a_position_that_retention_removed_is_refused_with_the_choices(
@@ -103,19 +112,25 @@ def test_a_position_that_retention_removed_is_refused_with_the_choices(
 
 
 def test_a_position_that_goes_while_reading_is_refused(
-    topic: TopicFactory, source: Opened, sink: SinkFactory, admin: KafkaAdminClient
+    topic: TopicFactory, settings: KafkaSettings, sink: SinkFactory, admin: KafkaAdminClient
 ) -> None:
     name = topic()
     out = sink(name)
-    write(out, 5)
-    reader = source(name)
-    reader.pause([name])
-    reader.poll(1, 0.0)
-    write(out, 15, 5)
-    admin.delete_records({TopicPartition(name, 0): 15})
-    reader.resume([name])
-    with pytest.raises(StreamError, match=f"of {name}-0 is gone, the earliest is 15"):
-        read(reader, 100)
+    for _ in range(20):
+        out.send([Message(None, b"x" * 1000)])
+        out.flush(LIMIT)
+    one_by_one = {"max_partition_fetch_bytes": 1000}
+    if settings.client == "confluent":
+        one_by_one["queued_max_messages_kbytes"] = 1
+    reader = source_of([name], with_extra(settings, **one_by_one))
+    reader.open(Keeper())
+    try:
+        assert len(read(reader, 1)) == 1
+        admin.delete_records({TopicPartition(name, 0): 15})
+        with pytest.raises(StreamError, match=f"of {name}-0 is gone, the earliest is 15"):
+            read(reader, 100)
+    finally:
+        reader.close()
 
 
 def test_a_position_past_the_end_is_refused(topic: TopicFactory, source: Opened, sink: SinkFactory) -> None:
@@ -133,9 +148,9 @@ def test_partitions_added_to_a_topic_are_read_too(
     admin: KafkaAdminClient,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("streams.kafka._GROWTH_INTERVAL", 0.0)
+    monkeypatch.setattr(GROWTH[settings.client], 0.0)
     name, keeper = topic(), Keeper()
-    reader = KafkaSource([name], settings.model_copy(update={"extra": {"metadata_max_age_ms": 200}}))
+    reader = source_of([name], with_extra(settings, metadata_max_age_ms=200))
     reader.open(keeper)
     try:
         admin.create_partitions({name: 3})
@@ -210,10 +225,8 @@ def test_a_member_that_pauses_and_polls_stays_in_its_group(
 ) -> None:
     name, keeper = topic(), Keeper()
     write(sink(name), 5)
-    quick = settings.model_copy(
-        update={"extra": {"session_timeout_ms": 1500, "heartbeat_interval_ms": 300, "max_poll_interval_ms": 1500}}
-    )
-    reader = KafkaSource([name], quick, group=fresh_group(), assignment="group")
+    quick = with_extra(settings, session_timeout_ms=1500, heartbeat_interval_ms=300, max_poll_interval_ms=1500)
+    reader = source_of([name], quick, group=fresh_group(), assignment="group")
     reader.open(keeper)
     try:
         reader.pause([name])
@@ -232,10 +245,8 @@ def test_a_member_that_stops_polling_loses_its_partitions_and_commits_nothing(
 ) -> None:
     name, keeper = topic(), Keeper()
     write(sink(name), 5)
-    quick = settings.model_copy(
-        update={"extra": {"session_timeout_ms": 1000, "heartbeat_interval_ms": 100, "max_poll_interval_ms": 1000}}
-    )
-    reader = KafkaSource([name], quick, group=fresh_group(), assignment="group")
+    quick = with_extra(settings, session_timeout_ms=1000, heartbeat_interval_ms=100, max_poll_interval_ms=1000)
+    reader = source_of([name], quick, group=fresh_group(), assignment="group")
     reader.open(keeper)
     try:
         read(reader, 5)
@@ -251,7 +262,7 @@ def test_sinks_share_one_producer(
     topic: TopicFactory, settings: KafkaSettings, source: Opened, sink: SinkFactory
 ) -> None:
     answers, letters = topic(2), topic()
-    client = KafkaClient(settings)
+    client = client_of(settings)
     first, second = sink(answers, client=client), sink(letters, client=client)
     assert first._producer is second._producer
     write(first, 20)
@@ -272,13 +283,16 @@ def test_a_full_sink_waits_and_keeps_order(topic: TopicFactory, source: Opened, 
     assert [int(record.value) for record in read(source(name), 1000)] == list(range(1000))
 
 
-def test_a_message_too_large_is_refused_with_its_size_and_the_setting(topic: TopicFactory, sink: SinkFactory) -> None:
+def test_a_message_too_large_is_refused_with_its_size_and_the_setting(
+    topic: TopicFactory, sink: SinkFactory, settings: KafkaSettings
+) -> None:
+    setting = {"kafka-python": "max_request_size", "confluent": r"message\.max\.bytes"}[settings.client]
     small, usual = sink(topic(max_message_bytes="2000")), sink(topic())
     small.send([Message(b"k", b"fits")])
     with pytest.raises(StreamError, match=r"5001 bytes .* 1872 are allowed: raise max\.message\.bytes"):
         small.send([Message(b"k", b"x" * 5000)])
     small.flush(LIMIT)
-    with pytest.raises(StreamError, match=r"2000001 bytes .* max_request_size in extra"):
+    with pytest.raises(StreamError, match=f"2000001 bytes .* {setting} in extra"):
         usual.send([Message(b"k", b"x" * 2_000_000)])
 
 
@@ -303,10 +317,10 @@ def test_a_member_that_was_killed_gets_its_partitions_back_at_once_and_one_that_
 ) -> None:
     name, group = topic(2), fresh_group()
     write(sink(name), 10)
-    slow = settings.model_copy(update={"extra": {"session_timeout_ms": 45000, "heartbeat_interval_ms": 300}})
+    slow = with_extra(settings, session_timeout_ms=45000, heartbeat_interval_ms=300)
 
-    def opened(member: str, keeper: Keeper) -> KafkaSource:
-        made = KafkaSource([name], slow, group=group, assignment="group", member=member)
+    def opened(member: str, keeper: Keeper) -> AnySource:
+        made = source_of([name], slow, group=group, assignment="group", member=member)
         made.open(keeper)
         return made
 
@@ -334,7 +348,7 @@ def test_where_another_member_has_worked_reading_starts_where_it_stopped(
     write(sink(name), 10)
     for member, reached, given in (("a", 4, None), ("b", 7, 0), ("b", 8, 2), ("a", 9, 4)):
         keeper = Keeper({} if given is None else {(name, 0): given})
-        reader = KafkaSource([name], settings, group=group, assignment="group", member=member)
+        reader = source_of([name], settings, group=group, assignment="group", member=member)
         reader.open(keeper)
         first = read(reader, 1)[0].offset
         reader.commit({(name, 0): reached})

@@ -1,0 +1,210 @@
+"""What the confluent source and sink share: topics as they are, connections watched, errors as sentences."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+import uuid
+from base64 import urlsafe_b64decode
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from confluent_kafka import KafkaError, KafkaException, TopicCollection
+from confluent_kafka.admin import AdminClient
+
+from streams.base import StreamError, StreamUnavailableError
+from streams.confluent_config import Config, admin_config
+from streams.kafka_client import Topic
+from streams.kafka_settings import KafkaSettings
+
+Made = TypeVar("Made")
+
+FORBIDDEN = frozenset(
+    {
+        KafkaError.CLUSTER_AUTHORIZATION_FAILED,
+        KafkaError.GROUP_AUTHORIZATION_FAILED,
+        KafkaError.SASL_AUTHENTICATION_FAILED,
+        KafkaError.TOPIC_AUTHORIZATION_FAILED,
+        KafkaError.TRANSACTIONAL_ID_AUTHORIZATION_FAILED,
+        KafkaError._AUTHENTICATION,  # noqa: SLF001
+    }
+)
+"""Codes of errors that only whoever runs the cluster can undo."""
+
+PASSING = frozenset(
+    {
+        KafkaError.BROKER_NOT_AVAILABLE,
+        KafkaError.COORDINATOR_LOAD_IN_PROGRESS,
+        KafkaError.COORDINATOR_NOT_AVAILABLE,
+        KafkaError.FENCED_LEADER_EPOCH,
+        KafkaError.ILLEGAL_GENERATION,
+        KafkaError.KAFKA_STORAGE_ERROR,
+        KafkaError.LEADER_NOT_AVAILABLE,
+        KafkaError.LISTENER_NOT_FOUND,
+        KafkaError.NETWORK_EXCEPTION,
+        KafkaError.NOT_COORDINATOR,
+        KafkaError.NOT_LEADER_FOR_PARTITION,
+        KafkaError.OFFSET_NOT_AVAILABLE,
+        KafkaError.REBALANCE_IN_PROGRESS,
+        KafkaError.REPLICA_NOT_AVAILABLE,
+        KafkaError.REQUEST_TIMED_OUT,
+        KafkaError.UNKNOWN_LEADER_EPOCH,
+        KafkaError.UNKNOWN_MEMBER_ID,
+        KafkaError.UNKNOWN_TOPIC_OR_PART,
+        KafkaError.UNSTABLE_OFFSET_COMMIT,
+        KafkaError._ALL_BROKERS_DOWN,  # noqa: SLF001
+        KafkaError._ASSIGNMENT_LOST,  # noqa: SLF001
+        KafkaError._MAX_POLL_EXCEEDED,  # noqa: SLF001
+        KafkaError._NO_OFFSET,  # noqa: SLF001
+        KafkaError._RESOLVE,  # noqa: SLF001
+        KafkaError._SSL,  # noqa: SLF001
+        KafkaError._STATE,  # noqa: SLF001
+        KafkaError._TIMED_OUT,  # noqa: SLF001
+        KafkaError._TIMED_OUT_QUEUE,  # noqa: SLF001
+        KafkaError._TRANSPORT,  # noqa: SLF001
+        KafkaError._UNKNOWN_PARTITION,  # noqa: SLF001
+        KafkaError._UNKNOWN_TOPIC,  # noqa: SLF001
+        KafkaError._WAIT_COORD,  # noqa: SLF001
+    }
+)
+"""Codes of errors that librdkafka gets over by itself, beside those that it calls retriable."""
+
+_SILENT = frozenset({KafkaError._TIMED_OUT, KafkaError._TRANSPORT, KafkaError._ALL_BROKERS_DOWN})  # noqa: SLF001
+
+
+def error_of(error: KafkaException | KafkaError) -> KafkaError:
+    """Return what an exception of the client carries."""
+    found = error.args[0] if isinstance(error, KafkaException) else error
+    assert isinstance(found, KafkaError)
+    return found
+
+
+def explain(error: KafkaException | KafkaError) -> str:
+    """Return one line for an error of librdkafka."""
+    found = error_of(error)
+    return f"{found.name()}: {' '.join(found.str().split())[:300]}"
+
+
+def passes(error: KafkaError) -> bool:
+    """Whether waiting may help."""
+    return not error.fatal() and (error.retriable() or error.code() in PASSING)
+
+
+def as_stream_error(error: KafkaException | KafkaError, what: str) -> StreamError:
+    """Return the error to raise for one of librdkafka: unavailable where waiting may help, final where not."""
+    found = error_of(error)
+    if found.code() in FORBIDDEN:
+        return StreamError(f"{what}: the cluster does not permit it ({explain(found)}); check the user and its ACLs")
+    if passes(found):
+        return StreamUnavailableError(f"{what}: no answer from the cluster at present ({explain(found)})")
+    return StreamError(f"{what}: {explain(found)}")
+
+
+class Watch:
+    """What a client says of its connections, heard while it is polled.
+
+    librdkafka tells that no broker is left, but not that one is there again: whoever hears from a broker says so.
+    """
+
+    def __init__(self) -> None:
+        self.down = False
+        """Whether no broker can be reached."""
+        self.down_at = -math.inf
+        """When that was last told, by the monotonic clock."""
+        self.cause: KafkaError | None = None
+        """Why a connection failed."""
+        self._lock = threading.Lock()
+
+    def hear(self, error: KafkaError) -> None:
+        """Take an error of the client; from any thread."""
+        with self._lock:
+            if error.code() == KafkaError._ALL_BROKERS_DOWN:  # noqa: SLF001
+                self.down = True
+                self.down_at = time.monotonic()
+            elif self.cause is None or self.cause.code() not in FORBIDDEN:
+                self.cause = error
+
+    def well(self) -> None:
+        """Hear that a broker has answered."""
+        if self.down or self.cause is not None:
+            with self._lock:
+                if self.down:
+                    self.down_at = time.monotonic()
+                self.down, self.cause = False, None
+
+    def told(self) -> str:
+        """Return why the last connection failed, in parentheses; empty where nothing is known."""
+        cause = self.cause
+        return f" ({explain(cause)})" if cause is not None else ""
+
+
+def make(kind: Callable[[Config], Made], config: Config) -> Made:
+    """Return a client of librdkafka; nothing is connected by that.
+
+    Raises:
+        StreamError: librdkafka refuses the settings.
+    """
+    try:
+        return kind(config)
+    except KafkaException as error:
+        raise StreamError(f"librdkafka refuses its settings: {error_of(error).str().strip()}") from error
+    except (TypeError, ValueError) as error:
+        raise StreamError(f"librdkafka refuses its settings: {error}") from error
+
+
+def describe(settings: KafkaSettings, topics: Sequence[str]) -> dict[str, Topic]:
+    """Ask the cluster about topics.
+
+    Raises:
+        StreamUnavailableError: No broker answered.
+        StreamError: A topic does not exist or may not be read.
+    """
+    watch = Watch()
+    admin = make(AdminClient, admin_config(settings) | {"error_cb": watch.hear})
+    asked = admin.describe_topics(TopicCollection(list(topics)), request_timeout=settings.timeout)
+    deadline = time.monotonic() + settings.timeout + 1
+    while not all(answer.done() for answer in asked.values()) and time.monotonic() < deadline:
+        admin.poll(0.05)
+        _check_admitted(watch, settings)
+    found: dict[str, Topic] = {}
+    for topic, answer in asked.items():
+        try:
+            described: Any = answer.result(timeout=1)
+        except KafkaException as error:
+            admin.poll(0)
+            raise _refusal(error_of(error), watch, settings, topic) from error
+        found[topic] = Topic(len(described.partitions), _identity(described.topic_id))
+    return found
+
+
+def _check_admitted(watch: Watch, settings: KafkaSettings) -> None:
+    """Raise where the cluster has refused us; librdkafka goes on trying with the same password."""
+    cause = watch.cause
+    if cause is not None and cause.code() in FORBIDDEN:
+        raise as_stream_error(cause, f"connecting to {settings.servers}")
+
+
+def _refusal(error: KafkaError, watch: Watch, settings: KafkaSettings, topic: str) -> StreamError:
+    if error.code() == KafkaError.UNKNOWN_TOPIC_OR_PART:
+        return StreamError(f"topic {topic} does not exist on {settings.servers}: make it, or correct its name")
+    if error.code() == KafkaError.TOPIC_AUTHORIZATION_FAILED:
+        user = settings.sasl_plain_username or "this client"
+        return StreamError(f"topic {topic}: the cluster does not let {user} see it; check its ACLs")
+    if error.code() in _SILENT:
+        return no_broker(settings, watch)
+    return as_stream_error(error, f"topic {topic}")
+
+
+def no_broker(settings: KafkaSettings, watch: Watch) -> StreamUnavailableError:
+    """Return that no broker answers, and why where that is known."""
+    return StreamUnavailableError(f"no broker at {settings.servers} answers{watch.told()}")
+
+
+def _identity(topic_id: object) -> str:
+    """The id of a topic as kafka-python writes it, so that either client knows what the other remembered."""
+    if topic_id is None:
+        return ""
+    text = str(topic_id)
+    raw = urlsafe_b64decode(text.replace("+", "-").replace("/", "_") + "=" * (-len(text) % 4))
+    return str(uuid.UUID(bytes=raw)) if any(raw) else ""

@@ -1,0 +1,99 @@
+"""What librdkafka fetched, as records, and those of paused topics until they are wanted."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Collection, Iterable
+
+from confluent_kafka import Consumer, Message, TopicPartition
+
+from streams.base import Partition, Record
+
+HELD_RECORDS = 4096
+HELD_BYTES = 8 * 2**20
+"""How much of a paused topic is held before librdkafka is told to stop fetching it."""
+
+
+def records(messages: Iterable[Message]) -> list[Record]:
+    """Return messages, none of them an error, as records in the same order."""
+    return [_record(message) for message in messages]
+
+
+def _record(message: Message) -> Record:
+    kind, milliseconds = message.timestamp()
+    offset = message.offset()
+    headers = message.headers()
+    return Record(
+        message.topic(),  # type: ignore[arg-type]  # None only for an error
+        message.partition(),  # type: ignore[arg-type]
+        offset,  # type: ignore[arg-type]
+        offset + 1,  # type: ignore[operator]
+        milliseconds / 1000 if kind else math.nan,
+        message.key(),
+        message.value() or b"",
+        tuple([(name, content or b"") for name, content in headers]) if headers else (),  # type: ignore[misc,str-unpack]
+    )
+
+
+class Flow:
+    """Which topics are paused, and what came of them.
+
+    Pausing a partition makes librdkafka throw away what it has fetched of it and fetch that again later. A stream that
+    is paused and resumed many times a second would spend its time on that; so what comes of a paused topic waits here,
+    in order, and only a topic that stays paused until much of it waits is stopped in librdkafka as well.
+    """
+
+    def __init__(self) -> None:
+        self.paused: set[str] = set()
+        self.stopped: set[str] = set()
+        """Topics that librdkafka gives nothing of."""
+        self._held: dict[str, deque[Record]] = {}
+        self._bytes: dict[str, int] = {}
+
+    def divide(self, came: list[Record]) -> list[Record]:
+        """Keep records of paused topics; return the others."""
+        wanted: list[Record] = []
+        for record in came:
+            if record.stream in self.paused:
+                self._held.setdefault(record.stream, deque()).append(record)
+                self._bytes[record.stream] = self._bytes.get(record.stream, 0) + len(record.value)
+            else:
+                wanted.append(record)
+        return wanted
+
+    def take(self, most: int) -> list[Record]:
+        """Return up to ``most`` records that were kept of topics that are not paused any more."""
+        taken: list[Record] = []
+        for stream, waiting in self._held.items():
+            if stream not in self.paused:
+                while waiting and len(taken) < most:
+                    taken.append(waiting.popleft())
+                    self._bytes[stream] -= len(taken[-1].value)
+        return taken
+
+    def first(self, partition: Partition) -> int | None:
+        """The offset of the first record that is kept of a partition."""
+        waiting = self._held.get(partition[0], ())
+        return next((record.offset for record in waiting if record.partition == partition[1]), None)
+
+    def apply(self, consumer: Consumer, owned: Collection[Partition]) -> None:
+        """Stop topics of which much waits, and let those flow again of which little does."""
+        for stream in {partition[0] for partition in owned}:
+            fill = self._fill(stream)
+            if stream not in self.stopped and stream in self.paused and fill >= 1:
+                self.stopped.add(stream)
+                consumer.pause([TopicPartition(*p) for p in owned if p[0] == stream])
+            elif stream in self.stopped and fill <= 0.5:
+                self.stopped.discard(stream)
+                consumer.resume([TopicPartition(*p) for p in owned if p[0] == stream])
+
+    def _fill(self, stream: str) -> float:
+        count = len(self._held.get(stream, ()))
+        return max(count / HELD_RECORDS, self._bytes.get(stream, 0) / HELD_BYTES)
+
+    def clear(self) -> None:
+        """Forget what is kept; what is paused stays so."""
+        self.stopped.clear()
+        self._held.clear()
+        self._bytes.clear()

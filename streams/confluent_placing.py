@@ -1,0 +1,84 @@
+"""Where partitions start that librdkafka is given, and what to say of a position that is not there."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaException, Message, TopicPartition
+
+from streams.base import Found, Partition, StreamError, StreamUnavailableError
+from streams.confluent_client import describe, error_of
+from streams.kafka_client import Topic
+from streams.kafka_fetch import gone
+from streams.kafka_note import read_note
+from streams.kafka_settings import KafkaSettings
+
+
+def ask_for(settings: KafkaSettings, topics: Sequence[str], *, together: bool) -> dict[str, Topic]:
+    """Ask the cluster about topics, which need equally many partitions where a group reads them together.
+
+    Raises:
+        StreamUnavailableError: No broker answered.
+        StreamError: A topic does not exist, may not be read, or has more partitions than another.
+    """
+    described = describe(settings, topics)
+    if together and len({found.partitions for found in described.values()}) > 1:
+        told = ", ".join(f"{topic} has {found.partitions}" for topic, found in described.items())
+        raise StreamError(
+            f"topics that a group reads together need equally many partitions, but {told}: add partitions to the"
+            " smaller one, or read with static assignment"
+        )
+    return described
+
+
+def look_up(
+    consumer: Consumer, partitions: Sequence[TopicPartition], *, group: bool, member: str, timeout: float
+) -> dict[Partition, Found]:
+    """Ask the cluster what it has of partitions, and its group if there is one, within ``timeout`` seconds.
+
+    Raises:
+        KafkaException: It does not answer, or may not be asked.
+    """
+    if not partitions:
+        return {}
+    deadline = time.monotonic() + timeout
+    asked = [TopicPartition(tp.topic, tp.partition, OFFSET_BEGINNING) for tp in partitions]
+    found = {(tp.topic, tp.partition): Found(tp.offset) for tp in _checked(consumer.offsets_for_times(asked, timeout))}
+    if not group:
+        return found
+    left = max(0.1, deadline - time.monotonic())
+    plain = [TopicPartition(tp.topic, tp.partition) for tp in partitions]
+    for tp in _checked(consumer.committed(plain, timeout=left)):
+        if tp.offset >= 0:
+            note = read_note(tp.metadata)
+            theirs = bool(note.owner) and note.owner != member
+            earliest = found[tp.topic, tp.partition].earliest
+            found[tp.topic, tp.partition] = Found(earliest, tp.offset, theirs, note.floor)
+    return found
+
+
+def _checked(partitions: Sequence[TopicPartition]) -> Sequence[TopicPartition]:
+    for tp in partitions:
+        if tp.error is not None:
+            raise KafkaException(tp.error)
+    return partitions
+
+
+def out_of_range(consumer: Consumer, message: Message, timeout: float) -> StreamError:
+    """Return what to say of a position that a partition does not have."""
+    topic, number, offset = message.topic(), message.partition(), message.offset()
+    assert topic is not None
+    assert number is not None
+    assert offset is not None
+    tp = TopicPartition(topic, number)
+    try:
+        earliest, end = consumer.get_watermark_offsets(tp, timeout=timeout)
+    except KafkaException as error:
+        return StreamUnavailableError(f"offset {offset} of {topic}-{number} is out of range ({error_of(error).str()})")
+    if offset < earliest:
+        return StreamError(gone(tp, offset, earliest))
+    return StreamError(
+        f"offset {offset} of {topic}-{number} lies past its end {end}: the topic was made anew or this is"
+        " another cluster. Use the cluster that the position is of, or begin with a fresh state directory and group"
+    )

@@ -1,0 +1,251 @@
+"""Answers and dead letters into Kafka through librdkafka: idempotent, in order, never dropped by the client."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+from confluent_kafka import KafkaError, KafkaException, Producer
+from confluent_kafka import Message as Delivered
+
+from streams.base import Message, StreamError, StreamUnavailableError
+from streams.confluent_client import FORBIDDEN, Watch, as_stream_error, describe, explain, make
+from streams.confluent_config import producer_config
+from streams.kafka_settings import KafkaSettings
+
+_RECORD_OVERHEAD = 128
+"""Bytes that a record and its batch may cost beside key, value and headers."""
+
+
+class ConfluentClient:
+    """One producer of librdkafka for all sinks of a process: one connection per broker, batches shared.
+
+    The producer is made by the first `acquire` and closed by the last `release`; both may come from any thread.
+    """
+
+    def __init__(self, settings: KafkaSettings) -> None:
+        self.settings = settings
+        self.watch = Watch()
+        """What the producer says of its connections."""
+        self.limit = 0
+        """Bytes that a message may have, as librdkafka counts them."""
+        self._lock = threading.Lock()
+        self._users = 0
+        self._producer: Producer | None = None
+
+    def acquire(self) -> Producer:
+        """Return the producer; it connects by itself.
+
+        Raises:
+            StreamError: librdkafka refuses its settings.
+        """
+        with self._lock:
+            if self._producer is None:
+                config = producer_config(self.settings)
+                self.limit = int(config["message.max.bytes"])
+                self._producer = make(Producer, config | {"error_cb": self.watch.hear})
+            self._users += 1
+            return self._producer
+
+    def release(self, timeout: float) -> None:
+        """Give the producer back; the last one out waits up to ``timeout`` seconds for what is unconfirmed."""
+        with self._lock:
+            self._users -= 1
+            if self._users > 0:
+                return
+            producer, self._producer = self._producer, None
+        if producer is not None and producer.flush(timeout):
+            producer.purge()
+            producer.flush(0)
+
+
+class ConfluentSink:
+    """Writes messages to one topic through librdkafka; implements `streams.base.Sink` as `KafkaSink` does.
+
+    Messages stay in the client until every in-sync replica has them, however long an outage lasts: a batch is
+    never dropped, so none overtakes another of its partition and none is written twice. ``max_pending`` bounds how
+    many wait in the producer, whoever of its sinks sent them, and ``queue.buffering.max.kbytes`` how large they are;
+    a rest of one `send` that does not fit waits in the sink, and is handed over before anything newer.
+
+    librdkafka reports failures alone, and does not split a batch that is larger than its topic allows. Where
+    ``max.message.bytes`` of the topic is smaller than ``batch.size`` (131072 unless `extra` says otherwise), the batch
+    is refused though each of its messages would fit.
+    """
+
+    def __init__(
+        self,
+        topic: str,
+        settings: KafkaSettings,
+        *,
+        client: ConfluentClient | None = None,
+        max_pending: int = 10_000,
+        send_timeout: float = 30.0,
+    ) -> None:
+        """Prepare; nothing is connected before `open`.
+
+        Args:
+            topic: Where to write; it must exist.
+            settings: How to reach the cluster.
+            client: The producer to share with other sinks; none makes one of its own.
+            max_pending: Unconfirmed messages at most.
+            send_timeout: Seconds that `send` may wait for room.
+        """
+        self.topic = topic
+        self.settings = settings
+        self.max_pending = max_pending
+        self.send_timeout = send_timeout
+        self._client = client or ConfluentClient(settings)
+        self._producer: Producer | None = None
+        self._rest: deque[Message] = deque()
+        self._refused: tuple[KafkaError, int] | None = None
+        self._limit = 0
+
+    @property
+    def name(self) -> str:
+        """The topic."""
+        return self.topic
+
+    @property
+    def pending(self) -> int:
+        """Messages of this sink and of those beside it that the cluster has not confirmed yet."""
+        return 0 if self._producer is None else len(self._producer) + len(self._rest)
+
+    def open(self) -> None:
+        """Connect and look the topic up.
+
+        Raises:
+            StreamUnavailableError: No broker answers; `open` may be called again.
+            StreamError: The topic does not exist, or we may not use it.
+        """
+        if self._producer is not None:
+            return
+        describe(self.settings, [self.topic])
+        self._producer = self._client.acquire()
+        self._limit = self._client.limit - _RECORD_OVERHEAD
+
+    def send(self, messages: Sequence[Message]) -> None:
+        """Hand messages over in order; they are durable after `flush`.
+
+        Raises:
+            StreamUnavailableError: No room within ``send_timeout``; none of the messages was taken.
+            StreamError: A message is too large, or the cluster refused an earlier one.
+        """
+        producer = self._opened()
+        for message in messages:
+            key, value, headers = message
+            if headers or len(value) + len(key or b"") > self._limit:
+                self._check_size(message)
+        self._make_room(producer, len(messages))
+        self._rest.extend(messages)
+        self._hand_over(producer)
+        producer.poll(0)
+        self._raise_refused()
+
+    def flush(self, timeout: float) -> None:
+        """Return once the cluster has confirmed everything sent.
+
+        Raises:
+            StreamUnavailableError: Not within ``timeout`` seconds; the messages stay, flush again.
+            StreamError: The cluster refused a message.
+        """
+        producer = self._opened()
+        deadline = time.monotonic() + timeout
+        while True:
+            self._hand_over(producer)
+            left = producer.flush(max(0.0, deadline - time.monotonic()))
+            self._raise_refused()
+            if not left and not self._rest:
+                self._client.watch.well()
+                return
+            if left and time.monotonic() >= deadline:
+                raise self._waiting()
+
+    def close(self) -> None:
+        """Flush for at most ``settings.timeout`` seconds and leave; what is unconfirmed then is given up."""
+        if self._producer is None:
+            return
+        deadline = time.monotonic() + self.settings.timeout
+        try:
+            self.flush(self.settings.timeout)
+        except StreamError:
+            self._rest.clear()
+        finally:
+            self._producer = None
+            self._client.release(max(0.0, deadline - time.monotonic()))
+
+    def _opened(self) -> Producer:
+        if self._producer is None:
+            raise StreamError(f"the sink of topic {self.topic} is not open")
+        return self._producer
+
+    def _hand_over(self, producer: Producer) -> None:
+        """Give librdkafka what it has room for; the rest stays, in order."""
+        rest, topic, produce, refused = self._rest, self.topic, producer.produce, self._note_refused
+        try:
+            while rest:
+                key, value, headers = rest[0]
+                if headers:
+                    produce(topic, value, key, -1, refused, headers=list(headers))
+                else:
+                    produce(topic, value, key, -1, refused)
+                rest.popleft()
+        except BufferError:
+            producer.poll(0)
+        except KafkaException as error:
+            self._rest.clear()
+            raise as_stream_error(error, f"writing to {self.topic}") from error
+
+    def _make_room(self, producer: Producer, count: int) -> None:
+        allowed = max(0, self.max_pending - count)
+        deadline = time.monotonic() + self.send_timeout
+        while len(producer) + len(self._rest) > allowed:
+            self._raise_refused()
+            if time.monotonic() >= deadline:
+                raise self._waiting()
+            producer.poll(0.002)
+            self._hand_over(producer)
+
+    def _waiting(self) -> StreamUnavailableError:
+        told = self._client.watch.told()
+        return StreamUnavailableError(
+            f"topic {self.topic}: {self.pending} messages wait for a broker to confirm them{told}"
+        )
+
+    def _note_refused(self, error: KafkaError | None, message: Delivered) -> None:
+        """Keep the first refusal, and of several in its batch the largest message."""
+        size = _size(message.key(), message.value() or b"", message.headers() or ())
+        if error is not None and (self._refused is None or size > self._refused[1]):
+            self._refused = error, size
+
+    def _raise_refused(self) -> None:
+        if self._refused is None:
+            return
+        (error, size), self._refused = self._refused, None
+        if error.code() == KafkaError.MSG_SIZE_TOO_LARGE:
+            raise StreamError(
+                f"topic {self.topic} refuses a message of {size} bytes: raise max.message.bytes of the topic"
+                " (message.max.bytes of the broker), or send less, or smaller batches (batch.size in extra)"
+            )
+        if error.code() in FORBIDDEN:
+            raise as_stream_error(error, f"writing to {self.topic}")
+        raise StreamError(f"topic {self.topic} lost a message that was sent: {explain(error)}")
+
+    def _check_size(self, message: Message) -> None:
+        size = _size(*message)
+        if size > self._limit:
+            key = "no key" if message.key is None else f"a key of {len(message.key)} bytes"
+            raise StreamError(
+                f"a message of {size} bytes ({key}) is too large for topic {self.topic}: the limit here is"
+                f" message.max.bytes = {self._limit + _RECORD_OVERHEAD} (raise it in extra), that of the topic is"
+                " max.message.bytes"
+            )
+
+
+def _size(key: bytes | None, value: bytes, headers: Any) -> int:
+    size = len(value) + (len(key) if key else 0)
+    if headers:
+        size += sum(len(name) + len(content or b"") + 10 for name, content in headers)
+    return size

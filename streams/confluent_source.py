@@ -1,0 +1,340 @@
+"""Records out of Kafka through librdkafka, for heavy streams; as `streams.kafka` does it through kafka-python.
+
+librdkafka calls rebalance callbacks out of the poll, on the thread that polls, while its own threads go on with the
+heartbeats. So partitions are finished with inside the callback, and the group waits for that, up to
+``max.poll.interval.ms``. New partitions are left without a position until the callback is over, and an implicit
+"earliest" or "latest" never exists.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
+
+from streams.base import Assignment, Partition, Positions, Record, StreamError
+from streams.confluent_client import Watch, as_stream_error, error_of, explain, make, no_broker, passes
+from streams.confluent_commits import Commits
+from streams.confluent_config import consumer_config
+from streams.confluent_fetch import records
+from streams.confluent_places import PLACING_TIMEOUT, Places
+from streams.confluent_placing import ask_for, out_of_range
+from streams.kafka_settings import KafkaSettings
+
+_PROBE_INTERVAL = 1.0
+"""Seconds between two looks whether a broker is there again."""
+
+
+class ConfluentSource:
+    """Reads topics through one consumer of librdkafka; implements `streams.base.Source` as `streams.kafka` does.
+
+    `close` leaves the group at once, also as a named member: librdkafka keeps the place of one that closes, but not
+    of one that ends its subscription first.
+    """
+
+    def __init__(
+        self,
+        topics: Sequence[str],
+        settings: KafkaSettings,
+        *,
+        group: str | None = None,
+        assignment: Literal["static", "group"] = "static",
+        member: str | None = None,
+    ) -> None:
+        """Prepare; nothing is connected before `open`.
+
+        Args:
+            topics: What to read.
+            settings: How to reach the cluster.
+            group: Where offsets are committed; none commits nothing.
+            assignment: Whether to take all partitions or to share them.
+            member: Name of this reader among the members of the group, the same after a restart.
+
+        Raises:
+            StreamError: ``topics`` or ``group`` make no sense.
+        """
+        if not topics or len(set(topics)) < len(topics):
+            raise StreamError(f"topics must be named, each once; got {list(topics)}")
+        if assignment == "group" and group is None:
+            raise StreamError("partitions can be shared only in a group: name it in streams.kafka.group")
+        self.settings = settings
+        self.last_error: str | None = None
+        """What the client last reported and got over by itself."""
+        self.commits = Commits(settings.timeout, member or "")
+        """How committing goes: failures and the last error."""
+        self._topics = tuple(topics)
+        self._group = group
+        self._member = member
+        self._shared = assignment == "group"
+        self._consumer: Consumer | None = None
+        self._places = Places(
+            topics, self.commits, group=group is not None, member=member or "", timeout=settings.timeout
+        )
+        self._flow = self._places.flow
+        self._next_probe = 0.0
+        self._identities: dict[str, str] = {}
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """The topics."""
+        return self._topics
+
+    @property
+    def bounded(self) -> bool:
+        """Never: a topic has no end."""
+        return False
+
+    @property
+    def shared(self) -> bool:
+        """Whether the members of a group share the partitions."""
+        return self._shared
+
+    @property
+    def rebalances(self) -> int:
+        """Times that partitions were taken away."""
+        return self._places.rebalances
+
+    @property
+    def trouble(self) -> str:
+        """That no broker can be reached, with the reason, or that offsets cannot be committed; else empty."""
+        if self._consumer is None:
+            return ""
+        watch = self._places.watch
+        return str(no_broker(self.settings, watch)) if watch.down else self.commits.trouble
+
+    def open(self, assignment: Assignment) -> None:
+        """Connect; static partitions are taken at once, those of a group as `poll` goes on.
+
+        Raises:
+            StreamUnavailableError: No broker answers; `open` may be called again.
+            StreamError: A topic is missing or forbidden, a start position is gone, or the topics of a group have
+                unequal numbers of partitions.
+        """
+        if self._consumer is not None:
+            return
+        described = ask_for(self.settings, self._topics, together=self._shared)
+        self._identities = {topic: found.identity for topic, found in described.items() if found.identity}
+        self._places.assignment = assignment
+        self._consumer = self._connect()
+        try:
+            if not self._shared:
+                partitions = [(topic, n) for topic, found in described.items() for n in range(found.partitions)]
+                self._places.unplaced = [TopicPartition(*partition) for partition in partitions]
+                self._places.place(self._consumer, self.settings.timeout)
+        except KafkaException as error:
+            self.close()
+            raise as_stream_error(error, f"opening {', '.join(self._topics)}") from error
+        except BaseException:
+            self.close()
+            raise
+
+    def _connect(self) -> Consumer:
+        self._places.watch = Watch()
+        config = consumer_config(self.settings, group=self._group, member=self._member)
+        consumer = make(Consumer, config | {"error_cb": self._places.watch.hear, "on_commit": self.commits.done})
+        if self._shared:
+            self._places.subscribe(consumer)
+        return consumer
+
+    def poll(self, max_records: int, timeout: float) -> Sequence[Record]:
+        """Return up to ``max_records`` records; wait up to ``timeout`` seconds for the first.
+
+        Raises:
+            StreamError: Reading cannot go on: a position is gone, permission was withdrawn, a record is damaged.
+        """
+        try:
+            if self.commits.fenced:
+                self._join_anew(self._opened())
+            consumer = self._opened()
+            self._prepare(consumer)
+            came = self._flow.take(max_records) or self._flow.divide(self._fetch(consumer, max_records, timeout))
+            self._flow.apply(consumer, self._places.positions)
+        except KafkaException as error:
+            self._recover(error_of(error))
+            time.sleep(min(timeout, 0.1))  # such an error comes at once; do not spin on it
+            return ()
+        self._places.note_given(came)
+        return came
+
+    def _prepare(self, consumer: Consumer) -> None:
+        """Do what is due before a poll."""
+        places = self._places
+        if places.unplaced is not None:
+            places.place(consumer, min(PLACING_TIMEOUT, self.settings.timeout))
+        elif not self._shared:
+            places.look_for_growth(consumer)
+        if not places.kept:
+            self.commits.send(consumer)
+        if places.watch.down:
+            self._probe(consumer)
+
+    def _fetch(self, consumer: Consumer, most: int, timeout: float) -> list[Record]:
+        """Whatever is there, up to ``most`` records; waits for the first.
+
+        ``consume`` alone would wait until all of them are there or the time is over.
+        """
+        if self._flow.paused.issuperset(self._topics):
+            most = 1  # for the callbacks alone; what comes has to be held
+        places = self._places
+        places.changed = False
+        messages = consumer.consume(most, 0)
+        if not messages and timeout > 0 and places.failure is None:
+            first = consumer.poll(timeout)
+            if first is not None:
+                messages = [first, *(consumer.consume(most - 1, 0) if most > 1 else ())]
+        failure, places.failure = places.failure, None
+        if failure is not None:
+            raise failure
+        if not all([message.error() is None for message in messages]):  # noqa: C419  # this is faster
+            messages = [message for message in messages if self._is_record(consumer, message)]
+        if messages:
+            places.watch.well()
+        came = records(messages)
+        if places.changed:  # partitions may have gone while records of them were collected
+            came = [record for record in came if (record.stream, record.partition) in places.positions]
+        return came
+
+    def ended(self) -> frozenset[Partition]:
+        """No topic ever ends."""
+        return frozenset()
+
+    def pause(self, streams: Sequence[str]) -> None:
+        """Give no more records of these topics; partitions assigned later are paused as well."""
+        self._flow.paused.update(streams)
+
+    def resume(self, streams: Sequence[str]) -> None:
+        """Give records of these topics again."""
+        self._flow.paused.difference_update(streams)
+
+    def commit(self, positions: Mapping[Partition, int], floors: Mapping[Partition, int] | None = None) -> None:
+        """Commit in the background; positions of partitions that are not ours any more are left out.
+
+        One commit is under way at a time; what comes meanwhile goes out together with the next `poll` after it.
+        One that fails is counted and tried again. Without a group this does nothing.
+        """
+        if self._group is None or self._consumer is None:
+            return
+        self.commits.want(positions, floors or {})
+        if self._places.kept:
+            return
+        try:
+            self.commits.send(self._consumer)
+        except KafkaException as error:
+            self.commits.failed(error)
+
+    def committed(self) -> Positions:
+        """The positions last committed for the partitions now assigned, as the cluster has confirmed them."""
+        return dict(self.commits.stored)
+
+    def position(self, partition: Partition) -> int | None:
+        """Where `poll` reads on, past markers and records of aborted transactions.
+
+        Past those at the end of a partition once librdkafka has found nothing behind them, within
+        ``fetch.wait.max.ms`` of an empty fetch.
+        """
+        return None if self._consumer is None else self._places.position(partition)
+
+    def identities(self) -> dict[str, str]:
+        """The ids that the cluster gave the topics when they were made; known once open."""
+        return dict(self._identities)
+
+    def lag(self) -> dict[Partition, int]:
+        """Records between the position of `poll` and the end of each partition as of its last fetch."""
+        consumer = self._consumer
+        if consumer is None:
+            return {}
+        lags = {}
+        try:
+            for partition in self._places.positions:
+                _, end = consumer.get_watermark_offsets(TopicPartition(*partition), cached=True)
+                position = self.position(partition)
+                if end >= 0 and position is not None:
+                    lags[partition] = max(0, end - position)
+        except KafkaException as error:  # as `poll` will tell it again, this is no place to fail
+            self.last_error = explain(error)
+        return lags
+
+    def close(self) -> None:
+        """Commit what is not committed yet, leave the group and disconnect, within ``settings.timeout`` seconds."""
+        consumer, self._consumer = self._consumer, None
+        if consumer is None:
+            return
+        half = self.settings.timeout / 2
+        self.commits.finish(consumer, half)
+        self._places.let_go()
+        try:
+            if self._shared and not self._places.watch.down:
+                self._leave(consumer, half)
+            consumer.close()
+        except (KafkaException, RuntimeError) as error:
+            self.last_error = str(error)
+
+    def _leave(self, consumer: Consumer, timeout: float) -> None:
+        """End the subscription, and wait until the group knows; `Consumer.close` keeps the place of a named member."""
+        consumer.unsubscribe()
+        deadline = time.monotonic() + timeout
+        while consumer.memberid() and time.monotonic() < deadline:
+            consumer.poll(0.01)
+
+    def _opened(self) -> Consumer:
+        if self._consumer is None:
+            raise StreamError(f"the source of {', '.join(self._topics)} is not open")
+        return self._consumer
+
+    def _probe(self, consumer: Consumer) -> None:
+        """Look whether a broker is there again, where no record tells it."""
+        if time.monotonic() >= self._next_probe:
+            self._next_probe = time.monotonic() + _PROBE_INTERVAL
+            try:
+                consumer.list_topics(self._topics[0], min(0.2, self.settings.timeout))
+            except KafkaException as error:
+                self.last_error = explain(error)
+            else:
+                self._places.watch.well()
+
+    # -- errors -------------------------------------------------------------------------------------------------
+
+    def _is_record(self, consumer: Consumer, message: Message) -> bool:
+        """Whether a message is one; does what an error in its place asks for."""
+        error = message.error()
+        if error is None:
+            return True
+        partition = (message.topic() or "", message.partition() or 0)
+        if error.code() == KafkaError._PARTITION_EOF:  # noqa: SLF001
+            self._places.note_end(partition, message.offset() or 0)
+        elif error.code() == KafkaError._AUTO_OFFSET_RESET:  # noqa: SLF001
+            raise out_of_range(consumer, message, self.settings.timeout)
+        else:
+            self._recover(error)
+        return False
+
+    def _recover(self, error: KafkaError) -> None:
+        """Note an error that the client gets over; raise where reading cannot go on."""
+        unasked = self._group is None and error.code() == KafkaError.GROUP_AUTHORIZATION_FAILED
+        if "same group.instance.id" in error.str():
+            self.commits.fenced = True  # the next poll deals with it
+        elif not passes(error) and not unasked:
+            raise as_stream_error(error, f"reading {', '.join(self._topics)}")
+        self.last_error = explain(error)
+
+    def _join_anew(self, consumer: Consumer) -> None:
+        """Deal with a member that was shut out: leave it to a namesake, unless an outage explains it.
+
+        librdkafka sends a commit that an outage has held back under the member id of before, while it joins again
+        under a new one. The group takes them for two processes, and librdkafka is of no use from then on.
+
+        Raises:
+            StreamError: Another process has our name.
+        """
+        if not self._places.echoes():
+            raise StreamError(
+                f"another process reads as member {self._member} of group {self._group}: its state directory is a copy"
+                " of this one. Remove the file 'member' from the copy and start it again"
+            )
+        if self._places.positions:
+            self._places.keep()
+        consumer.close()
+        self.commits.fenced = False
+        self._consumer = self._connect()  # shut out once more, with no other outage, it is a namesake
