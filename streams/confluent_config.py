@@ -63,7 +63,8 @@ _OURS = {
     "retries": _FOREVER,
     "message.send.max.retries": _FOREVER,
     "ssl.key.password": "name a file in ssl_password_file or a variable in ssl_password_env",
-    "transactional.id": "the name of a producer is kept in its state directory",
+    "transaction.timeout.ms": "it follows from timeout, which is set beside extra",
+    "transactional.id": "it is made of the group and of the name that is kept in the state directory",
 }
 """Settings of librdkafka that `extra` may not touch, and why."""
 
@@ -165,7 +166,11 @@ def consumer_config(settings: KafkaSettings, *, group: str | None, member: str |
     return _common(settings, defaults) | ours
 
 
-def producer_config(settings: KafkaSettings) -> Config:
+_TRANSACTION_TIMEOUTS = 1.5
+"""Time that a broker leaves a transaction open whose process is gone, in ``settings.timeout``."""
+
+
+def producer_config(settings: KafkaSettings, *, transactional_id: str | None = None) -> Config:
     """Return the settings of a `confluent_kafka.Producer`; reads the secrets.
 
     Raises:
@@ -177,7 +182,10 @@ def producer_config(settings: KafkaSettings) -> Config:
         "queue.buffering.max.messages": "100000",
         "queue.buffering.max.kbytes": "65536",
     }
-    return _common(settings, defaults) | {
+    if transactional_id is not None:
+        # What follows a commit is refused until the cluster has written that down, and sent again after this time.
+        defaults |= {"retry.backoff.ms": "10"}
+    ours = _common(settings, defaults) | {
         "acks": "all",
         "compression.type": settings.compression or "none",
         "delivery.report.only.error": True,
@@ -189,6 +197,14 @@ def producer_config(settings: KafkaSettings) -> Config:
         # The partition that Kafka's own clients choose: murmur2 of the key.
         "partitioner": "murmur2_random",
     }
+    if transactional_id is not None:
+        milliseconds = str(round(_TRANSACTION_TIMEOUTS * 1000 * settings.timeout))
+        ours |= {
+            "transactional.id": transactional_id,
+            "transaction.timeout.ms": milliseconds,
+            "message.timeout.ms": milliseconds,  # behind it the transaction is gone in any case
+        }
+    return ours
 
 
 def admin_config(settings: KafkaSettings) -> Config:

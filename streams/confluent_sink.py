@@ -12,9 +12,17 @@ from confluent_kafka import KafkaError, KafkaException, Producer
 from confluent_kafka import Message as Delivered
 
 from streams.base import Message, StreamError, StreamUnavailableError
-from streams.confluent_client import FORBIDDEN, Watch, as_stream_error, describe, explain, make
+from streams.confluent_client import FORBIDDEN, Watch, as_stream_error, describe, error_of, explain, make
 from streams.confluent_config import producer_config
 from streams.kafka_settings import KafkaSettings
+
+_FINAL = frozenset(
+    {
+        KafkaError.INVALID_TRANSACTION_TIMEOUT,
+        KafkaError.UNSUPPORTED_FOR_MESSAGE_FORMAT,
+        KafkaError.UNSUPPORTED_VERSION,
+    }
+)
 
 _RECORD_OVERHEAD = 128
 """Bytes that a record and its batch may cost beside key, value and headers."""
@@ -24,10 +32,18 @@ class ConfluentClient:
     """One producer of librdkafka for all sinks of a process: one connection per broker, batches shared.
 
     The producer is made by the first `acquire` and closed by the last `release`; both may come from any thread.
+    With a ``transactional_id`` it is replaced by `renew` whenever a transaction has failed.
     """
 
-    def __init__(self, settings: KafkaSettings) -> None:
+    def __init__(self, settings: KafkaSettings, *, transactional_id: str | None = None) -> None:
+        """Prepare; nothing is connected before `acquire`.
+
+        Args:
+            settings: How to reach the cluster.
+            transactional_id: The name under which transactions are made; none makes none.
+        """
         self.settings = settings
+        self.transactional_id = transactional_id
         self.watch = Watch()
         """What the producer says of its connections."""
         self.limit = 0
@@ -44,10 +60,31 @@ class ConfluentClient:
         """
         with self._lock:
             if self._producer is None:
-                config = producer_config(self.settings)
-                self.limit = int(config["message.max.bytes"])
-                self._producer = make(Producer, config | {"error_cb": self.watch.hear})
+                self._producer = self._make()
             self._users += 1
+            return self._producer
+
+    def _make(self) -> Producer:
+        config = producer_config(self.settings, transactional_id=self.transactional_id)
+        self.limit = int(config["message.max.bytes"])
+        return make(Producer, config | {"error_cb": self.watch.hear})
+
+    @property
+    def producer(self) -> Producer | None:
+        """The producer of the moment; none before `acquire` and while `renew` has not got through."""
+        return self._producer
+
+    def renew(self) -> Producer:
+        """Give the producer up, with everything that it has not written yet, and return a new one.
+
+        Raises:
+            StreamError: librdkafka refuses its settings.
+        """
+        with self._lock:
+            producer, self._producer = self._producer, None
+            if producer is not None:
+                producer.purge()
+            self._producer = self._make()
             return self._producer
 
     def release(self, timeout: float) -> None:
@@ -57,9 +94,20 @@ class ConfluentClient:
             if self._users > 0:
                 return
             producer, self._producer = self._producer, None
-        if producer is not None and producer.flush(timeout):
-            producer.purge()
+        if producer is not None and (self.transactional_id is not None or producer.flush(timeout)):
+            producer.purge()  # of a transaction what is committed is written, and the rest shall not be
             producer.flush(0)
+
+    def failure(self, error: KafkaException | KafkaError, what: str) -> StreamError:
+        """Return the error to raise for one of the producer.
+
+        One that a transaction died of is told as unavailable, since the transaction can be made again; whether
+        somebody else has taken our place is found out there.
+        """
+        found = error_of(error)
+        if self.transactional_id is None or found.code() in FORBIDDEN | _FINAL:
+            return as_stream_error(found, what)
+        return StreamUnavailableError(f"{what}: the transaction failed ({explain(found)})")
 
 
 class ConfluentSink:
@@ -179,7 +227,14 @@ class ConfluentSink:
     def _opened(self) -> Producer:
         if self._producer is None:
             raise StreamError(f"the sink of topic {self.topic} is not open")
-        return self._producer
+        producer = self._client.producer
+        if producer is None:
+            raise StreamUnavailableError(f"topic {self.topic}: the producer was given up")
+        if producer is not self._producer:  # renewed: what was sent through the one before is to be sent again
+            self._rest.clear()
+            self._refused = None
+            self._producer = producer
+        return producer
 
     def _hand_over(self, producer: Producer) -> None:
         """Give librdkafka what it has room for; the rest stays, in order."""
@@ -196,7 +251,7 @@ class ConfluentSink:
             producer.poll(0)
         except KafkaException as error:
             self._rest.clear()
-            raise as_stream_error(error, f"writing to {self.topic}") from error
+            raise self._client.failure(error, f"writing to {self.topic}") from error
 
     def _make_room(self, producer: Producer, count: int) -> None:
         allowed = max(0, self.max_pending - count)
@@ -231,6 +286,8 @@ class ConfluentSink:
             )
         if error.code() in FORBIDDEN:
             raise as_stream_error(error, f"writing to {self.topic}")
+        if self._client.transactional_id is not None:
+            raise self._client.failure(error, f"writing to {self.topic}")
         raise StreamError(f"topic {self.topic} lost a message that was sent: {explain(error)}")
 
     def _check_size(self, message: Message) -> None:

@@ -21,6 +21,7 @@ from streams.confluent_config import consumer_config
 from streams.confluent_fetch import records
 from streams.confluent_places import PLACING_TIMEOUT, Places
 from streams.confluent_placing import ask_for, out_of_range
+from streams.confluent_transactions import Membership
 from streams.kafka_settings import KafkaSettings
 
 _PROBE_INTERVAL = 1.0
@@ -239,6 +240,14 @@ class ConfluentSource:
     def identities(self) -> dict[str, str]:
         """The ids that the cluster gave the topics when they were made; known once open."""
         return dict(self._identities)
+
+    def group_metadata(self) -> Membership | None:
+        """This member as the group knows it, for offsets in a transaction; None while it does not. From any thread."""
+        consumer = self._consumer
+        if consumer is None or self._places.kept:
+            return None
+        member_id = consumer.memberid()
+        return Membership(consumer.consumer_group_metadata(), member_id) if member_id else None
 
     def lag(self) -> dict[Partition, int]:
         """Records between the position of `poll` and the end of each partition as of its last fetch."""
