@@ -6,7 +6,7 @@ import re
 import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from engine.policy import Endpoint, Learning, Policy
 from policies.interfaces import PolicyError
 from policies.norm import NormSelection
 from streams.base import Sink, Source, Transactions
-from streams.clients import AnyClient, client_of, sink_of, source_of, transactions_of
+from streams.clients import client_of, sink_of, source_of, transactions_of
 from streams.codec import InputSpec
 from streams.files import FileSink, FileSource
 from streams.join import JoinStore
@@ -30,7 +30,7 @@ from streams.journal import Kind
 from streams.kafka_settings import KafkaSettings
 
 if TYPE_CHECKING:
-    from streams.kafka_sink import KafkaClient
+    from streams.clients import AnyClient, AnySource
 
 
 def build_core(policy: Policy, model: nn.Module, *, background: bool, directory: Path | None) -> Core:
@@ -148,11 +148,9 @@ def build_sources(policy: Policy, resolve: Callable[[Path], Path], state: Path) 
 
 def _kafka_source(topics: tuple[str, ...], settings: KafkaSettings, state: Path) -> Source:
     """All topics through one consumer: in its group if one is named, else every partition of them."""
-    from streams.kafka import KafkaSource
-
     if settings.group is None:
-        return KafkaSource(topics, settings)
-    return KafkaSource(topics, settings, group=settings.group, assignment="group", member=_member_of(state))
+        return source_of(topics, settings)
+    return source_of(topics, settings, group=settings.group, assignment="group", member=_member_of(state))
 
 
 def _member_of(state: Path) -> str:
@@ -195,18 +193,15 @@ def build_delivery(
 
 def _transactions(
     policy: Policy, sources: Iterable[tuple[Source, object]], state: Path
-) -> tuple[Transactions, KafkaClient]:
-    from streams.kafka import KafkaClient, KafkaSource
-    from streams.kafka_transactions import KafkaTransactions
-
+) -> tuple[Transactions, AnyClient]:
     assert policy.streams is not None
     settings = policy.streams.kafka
     assert settings is not None
     assert settings.group is not None
-    source = next(source for source, _ in sources if isinstance(source, KafkaSource))
+    source = cast("AnySource", next(source for source, _ in sources if source.shared))
     member = _member_of(state)
-    client = KafkaClient(settings, transactional_id=f"{settings.group}-{member}")
-    return KafkaTransactions(client, settings.group, member, source.group_metadata, source.streams), client
+    client = client_of(settings, transactional_id=f"{settings.group}-{member}")
+    return transactions_of(client, source, group=settings.group, owner=member), client
 
 
 def build_sink(
@@ -215,15 +210,13 @@ def build_sink(
     resolve: Callable[[Path], Path],
     *,
     letters: bool,
-    client: KafkaClient | None = None,
+    client: AnyClient | None = None,
 ) -> Sink | None:
     """The sink of an endpoint; topics are written through ``client``, or each through one of its own."""
     if endpoint is None:
         return None
     if endpoint.file is not None:
         return FileSink(resolve(endpoint.file), envelope=letters)
-    from streams.kafka import KafkaSink
-
     assert policy.streams is not None
     assert policy.streams.kafka is not None
     assert endpoint.kafka is not None

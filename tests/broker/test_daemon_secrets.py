@@ -17,8 +17,8 @@ WRONG = "hunter2-is-not-it"
 
 
 @pytest.fixture
-def daemon(tmp_path: Path, bootstrap: str, topic: TopicFactory) -> Iterator[Daemon]:
-    made = Daemon(tmp_path / "daemon", Topics.make(topic), bootstrap)
+def daemon(tmp_path: Path, bootstrap: str, client: str, topic: TopicFactory) -> Iterator[Daemon]:
+    made = Daemon(tmp_path / "daemon", Topics.make(topic), bootstrap, client)
     yield made
     made.end()
 

@@ -82,11 +82,11 @@ Daemons = Callable[..., Daemon]
 
 
 @pytest.fixture
-def daemons(tmp_path: Path, bootstrap: str) -> Iterator[Daemons]:
+def daemons(tmp_path: Path, bootstrap: str, client: str) -> Iterator[Daemons]:
     made: list[Daemon] = []
 
     def make(topics: Topics, name: str = "daemon") -> Daemon:
-        made.append(Daemon(tmp_path / name, topics, bootstrap))
+        made.append(Daemon(tmp_path / name, topics, bootstrap, client))
         return made[-1]
 
     yield make

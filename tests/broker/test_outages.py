@@ -36,8 +36,8 @@ LIMIT = 60.0
 
 
 @pytest.fixture
-def daemon(tmp_path: Path, bootstrap: str, topic: TopicFactory) -> Iterator[Daemon]:
-    made = Daemon(tmp_path / "daemon", Topics.make(topic, partitions=2), bootstrap)
+def daemon(tmp_path: Path, bootstrap: str, client: str, topic: TopicFactory) -> Iterator[Daemon]:
+    made = Daemon(tmp_path / "daemon", Topics.make(topic, partitions=2), bootstrap, client)
     yield made
     made.end()
 

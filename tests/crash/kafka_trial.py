@@ -53,7 +53,10 @@ class KafkaTrial:
 
     def start(self, armed: str) -> Life:
         self.lives += 1
-        flags = [*self.topics.flags(self.settings.bootstrap_servers[0]), f"delivery={self.delivery}"]
+        flags = [
+            *self.topics.flags(self.settings.bootstrap_servers[0], self.settings.client),
+            f"delivery={self.delivery}",
+        ]
         arguments = [part for flag in flags for part in ("--set", flag)]
         return self.zygote.start(
             ["run", str(self.directory / "policy.yaml"), *arguments],
