@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from policies.iabn import row_statistics
 from policies.norm import BlendedBatchNorm
 
 
@@ -44,11 +45,11 @@ class BalancedBatchNorm(BlendedBatchNorm):
         return torch.stack([self.running_mean, self.running_var])[:, None].repeat(1, classes, 1).detach()
 
 
+@torch.no_grad()
 def move(local: Tensor, x: Tensor, labels: Tensor, eta: float) -> None:
     """Move statistics ``local (2, K, C)`` in place by a batch ``x (B, C, ...)`` of classes ``labels (B,)``."""
     means, variances = local
-    flat = x.flatten(2) if x.dim() > 2 else x[:, :, None]
-    spread, centre = torch.var_mean(flat.to(local.dtype), dim=2, correction=0)
+    centre, spread = row_statistics(x.to(local.dtype))
     counts = torch.bincount(labels, minlength=local.shape[1]).to(local.dtype)[:, None]
     step = (1 / counts.clamp(min=1)).clamp(max=eta)
     offset = centre - means[labels]

@@ -48,7 +48,8 @@ class InstanceAwareBatchNorm(TrackingBatchNorm):
         if places <= 1:
             return super().forward(x)
         mean, var = self._of_the_batch(x) if self.blending else (self.running_mean, self.running_var)
-        own_var, own_mean = torch.var_mean(x.flatten(2), dim=2)
+        own_mean, own_var = row_statistics(x)
+        own_var = own_var * (places / (places - 1))
         mean_t = mean + shrunk(own_mean - mean, self.k * ((var + self.eps) / places).sqrt())
         var_t = (var + shrunk(own_var - var, self.k * (var + self.eps) * math.sqrt(2 / (places - 1)))).clamp(min=0)
         scale = torch.rsqrt(var_t + self.eps)
@@ -73,3 +74,13 @@ class InstanceAwareBatchNorm(TrackingBatchNorm):
 def shrunk(values: Tensor, limits: Tensor) -> Tensor:
     """Values moved towards 0 by ``limits``, and 0 where they are within."""
     return values.sign() * (values.abs() - limits).clamp(min=0)
+
+
+def row_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance ``(B, C)`` of every row and channel of ``(B, C, ...)`` over its positions."""
+    if torch.is_grad_enabled():
+        var, mean = torch.var_mean(x.flatten(2), dim=2, correction=0)
+        return mean, var
+    # The kernel of BatchNorm's statistics, with rows and channels as its channels, takes a third of the time.
+    mean, var = torch.batch_norm_update_stats(x.reshape(1, x.shape[0] * x.shape[1], -1), None, None, 0.0)
+    return mean.view(x.shape[:2]), var.view(x.shape[:2])
