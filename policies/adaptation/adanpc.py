@@ -19,15 +19,16 @@ class AdaNPC(Adaptation):
 
     Equations, for features ``h`` of unit length and a memory of features ``m_j`` of unit length with classes ``y_j``:
     among the ``neighbours`` nearest, ``p_k`` is proportional to ``sum_{j: y_j = k} exp(<h, m_j> / temperature)``. The
-    answer is ``ln p``. A row whose ``p`` reaches ``confidence`` joins the memory under its class once its batch is
-    answered.
+    answer is ``ln p``. A row of which the classifier is sure to ``confidence`` joins the memory under the classifier's
+    class once its batch is answered.
 
     Shapes: inputs ``(B, *shape)`` to logits ``(B, K)``; features are flattened to ``(B, d)``.
 
     State: the memory's features ``(n, d)`` and classes, and where the next one is written.
 
     Deviations: the original starts with the features of all training data; here the memory starts with the rows of a
-    linear classifier, one a class, which stay and follow labelled learning. The memory is bounded: beyond ``capacity``
+    linear classifier, one a class, which stay and follow labelled learning; with so little to vote, votes would confirm
+    themselves, so the classifier judges who joins. The memory is bounded: beyond ``capacity``
     the oldest features give way. A class without a vote gets the logarithm of the smallest normal number. Rows without
     finite logits or features are answered by the classifier and join nothing.
 
@@ -45,7 +46,7 @@ class AdaNPC(Adaptation):
         Attributes:
             neighbours: How many features vote.
             temperature: Of the votes.
-            confidence: Share of votes from which on a row joins; above 1 none does.
+            confidence: Confidence of the classifier from which on a row joins; above 1 none does.
             capacity: Features of the stream to keep.
             layer: Name of the classifier; empty finds it by itself.
         """
@@ -79,7 +80,7 @@ class AdaNPC(Adaptation):
             return logits
         rows = F.normalize(features[usable], dim=1)
         votes = self._votes(rows)
-        _, confidence, label = softmax_entropy(votes)
+        _, confidence, label = softmax_entropy(logits[usable])
         joins = confidence >= self.params.confidence
         self._join(rows[joins], label[joins])
         if len(rows) == len(logits):

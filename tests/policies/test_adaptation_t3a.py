@@ -83,8 +83,8 @@ def test_neighbours_vote_by_their_likeness() -> None:
 
 
 def test_sure_rows_join_and_vote() -> None:
-    method = adanpc(neighbours=1, confidence=0.75)
-    drive(method, [batch_of(torch.tensor([[0.8, 0.6]]))])
+    method = adanpc(neighbours=1, confidence=0.54)
+    drive(method, [batch_of(torch.tensor([[0.8, 0.6], [0.75, 0.65]]))])
     assert method.gauges["memory_rows"] == 1
     votes = drive(method, [batch_of(torch.tensor([[0.69, 0.72]]))])[0]
     assert votes.argmax().item() == 0, "nearer to the remembered row than to the template of class 1"
