@@ -16,7 +16,7 @@ test:  ## the default tier: no broker, no kills, no GPU
 broker:  ## against a real Apache Kafka
 	$(PYTHON) -m pytest -m broker tests/broker
 
-crash:  ## kill sweeps; ADAPTD_CRASH_SECONDS=120 says how long
+crash:  ## 1,000 kills on files and on a real Kafka; ADAPTD_CRASH_KILLS=100 or ADAPTD_CRASH_SECONDS=300 for fewer
 	$(PYTHON) -m pytest -m crash tests/crash
 
 bench:  ## every benchmark, results into benchmarks/results

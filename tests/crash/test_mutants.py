@@ -1,0 +1,152 @@
+"""Does the suite see? Each of these changes takes one safety out of the code, and a test must fail for it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("engine", "streams", "policies", "kernels", "tests")
+
+STATES = "tests/engine/test_checkpoint_crash_states.py"
+FIRST_SAVE = f"{STATES}::test_a_crash_during_the_first_save_starts_anew_or_finds_it_whole"
+
+
+class Mutant(NamedTuple):
+    """One line taken out of a copy of the code, and the tests of which one must fail then."""
+
+    what: str
+    file: str
+    line: str
+    instead: str
+    tests: str
+
+
+MUTANTS = (
+    Mutant(
+        "a file of a checkpoint is not synced",
+        "engine/checkpoint/folder.py",
+        "        disk.fsync(raw)",
+        "        pass",
+        FIRST_SAVE,
+    ),
+    Mutant(
+        "the folder of a checkpoint is not synced",
+        "engine/checkpoint/folder.py",
+        "    disk.sync_dir(folder)",
+        "    pass",
+        FIRST_SAVE,
+    ),
+    Mutant(
+        "the name of a checkpoint is not synced",
+        "engine/checkpoint/store.py",
+        "            self._disk.sync_dir(self.directory)",
+        "            pass",
+        STATES,
+    ),
+    Mutant(
+        "hashes are not compared",
+        "engine/checkpoint/folder.py",
+        "    if found.hexdigest() != entry.blake2b:",
+        "    if False:",
+        "tests/engine/test_checkpoint_store.py",
+    ),
+    Mutant(
+        "the state directory is not locked",
+        "engine/checkpoint/lock.py",
+        "        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)",
+        "        pass",
+        "tests/engine/test_checkpoint_lock.py",
+    ),
+    Mutant(
+        "the journal is not synced where a segment begins",
+        "streams/journal.py",
+        "            os.fdatasync(self._descriptor)",
+        "            pass",
+        "tests/streams/test_journal.py",
+    ),
+    Mutant(
+        "weights that are not finite are loaded",
+        "engine/keeper.py",
+        "            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):",
+        "            if False:",
+        "tests/engine/test_keeper.py::test_weights_that_are_not_finite_are_passed_over",
+    ),
+    Mutant(
+        "a step that is not finite is taken",
+        "policies/stepping.py",
+        "        if not math.isfinite(peak):",
+        "        if False:",
+        "tests/policies/test_stepping.py",
+    ),
+    Mutant(
+        "answers to rows that are not finite are not masked",
+        "policies/interfaces.py",
+        "        good = logits.isfinite().all(1, keepdim=True)",
+        "        good = logits.isfinite().all(1, keepdim=True) | True",
+        "tests/policies/test_conformance.py",
+    ),
+    Mutant(
+        "the sink does not wait for the disk",
+        "streams/file_sink.py",
+        "            os.fsync(self._fd)",
+        "            pass",
+        "tests/streams/test_files_sink.py",
+    ),
+    Mutant(
+        "a batch is applied before it is journaled",
+        "engine/runner.py",
+        "            self._journal(cut)",
+        "            self.keeper.sequence += 1",
+        "tests/engine/test_keeper.py",
+    ),
+)
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("mutants")
+    for name in PACKAGES:
+        shutil.copytree(ROOT / name, place / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "ops", "docs"):
+        (place / name).symlink_to(ROOT / name)
+    return place
+
+
+def run(copy: Path, tests: str) -> tuple[int, str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests.split()],
+        cwd=copy,
+        env=os.environ | {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    return done.returncode, done.stdout[-3000:] + done.stderr[-1000:]
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.what)
+def test_taking_one_safety_out_makes_a_test_fail(mutant: Mutant, copy: Path) -> None:
+    path = copy / mutant.file
+    lines = (ROOT / mutant.file).read_text().split("\n")
+    assert lines.count(mutant.line) == 1, f"{mutant.file} has no such line: {mutant.line}"
+    lines[lines.index(mutant.line)] = mutant.instead
+    path.write_text("\n".join(lines))
+    try:
+        code, said = run(copy, mutant.tests)
+    finally:
+        shutil.copy(ROOT / mutant.file, path)
+    assert code == 1, f"no test of {mutant.tests} saw that {mutant.what}: {said}"
+
+
+def test_without_a_mutant_the_copy_passes(copy: Path) -> None:
+    code, said = run(copy, f"tests/streams/test_journal.py {FIRST_SAVE}")
+    assert code == 0, said
