@@ -87,5 +87,7 @@ def summary(reports: list[Report]) -> dict[str, object]:
 
 def command() -> str:
     """What gives these results again, but for the instants of random kills."""
-    given = {key: value for key, value in sorted(os.environ.items()) if key.startswith("ADAPTD_CRASH_")}
+    given = {
+        key: value for key, value in sorted(os.environ.items()) if key in ("ADAPTD_CRASH_KILLS", "ADAPTD_CRASH_SECONDS")
+    }
     return " ".join([*(f"{key}={value}" for key, value in given.items()), "make crash"])
