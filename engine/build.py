@@ -198,7 +198,7 @@ def _transactions(
     settings = policy.streams.kafka
     assert settings is not None
     assert settings.group is not None
-    source = cast("AnySource", next(source for source, _ in sources if source.shared))
+    source = cast("AnySource", next(source for source, _ in sources if source.shared))  # the only one in a group
     member = _member_of(state)
     client = client_of(settings, transactional_id=f"{settings.group}-{member}")
     return transactions_of(client, source, group=settings.group, owner=member), client

@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
-from streams.base import Transactions
 from streams.kafka_settings import KafkaSettings
 
 if TYPE_CHECKING:
     from streams.confluent_sink import ConfluentClient, ConfluentSink
     from streams.confluent_source import ConfluentSource
+    from streams.confluent_transactions import ConfluentTransactions
     from streams.kafka import KafkaSource
     from streams.kafka_sink import KafkaClient, KafkaSink
+    from streams.kafka_transactions import KafkaTransactions
 
     AnySource = KafkaSource | ConfluentSource
     AnyClient = KafkaClient | ConfluentClient
     AnySink = KafkaSink | ConfluentSink
+    AnyTransactions = KafkaTransactions | ConfluentTransactions
 
 
 def source_of(
@@ -63,7 +65,7 @@ def sink_of(topic: str, client: AnyClient, *, max_pending: int = 10_000, send_ti
     return ConfluentSink(topic, client.settings, client=client, max_pending=max_pending, send_timeout=send_timeout)
 
 
-def transactions_of(client: AnyClient, source: AnySource, *, group: str, owner: str) -> Transactions:
+def transactions_of(client: AnyClient, source: AnySource, *, group: str, owner: str) -> AnyTransactions:
     """Return what commits that which sinks of ``client`` send together with offsets of ``source`` in its group."""
     from streams.kafka_sink import KafkaClient
 

@@ -12,10 +12,11 @@ from typing import Any, TypeVar
 
 from confluent_kafka import KafkaError, KafkaException, TopicCollection
 from confluent_kafka.admin import AdminClient
+from confluent_kafka.admin._config import ConfigResource
 
 from streams.base import StreamError, StreamUnavailableError
 from streams.confluent_config import Config, admin_config
-from streams.kafka_client import Topic
+from streams.kafka_client import Topic, check_certificates
 from streams.kafka_settings import KafkaSettings
 
 Made = TypeVar("Made")
@@ -153,46 +154,71 @@ def make(kind: Callable[[Config], Made], config: Config) -> Made:
         raise StreamError(f"librdkafka refuses its settings: {error}") from error
 
 
-def describe(settings: KafkaSettings, topics: Sequence[str]) -> dict[str, Topic]:
-    """Ask the cluster about topics.
+def describe(settings: KafkaSettings, topics: Sequence[str], *, limits: bool = False) -> dict[str, Topic]:
+    """Ask the cluster about topics, and for the largest message of each where ``limits`` are wanted.
 
     Raises:
         StreamUnavailableError: No broker answered.
         StreamError: A topic does not exist or may not be read.
     """
+    _check_files(settings)
     watch = Watch()
     admin = make(AdminClient, admin_config(settings) | {"error_cb": watch.hear})
-    asked = admin.describe_topics(TopicCollection(list(topics)), request_timeout=settings.timeout)
-    deadline = time.monotonic() + settings.timeout + 1
-    while not all(answer.done() for answer in asked.values()) and time.monotonic() < deadline:
-        admin.poll(0.05)
-        _check_admitted(watch, settings)
     found: dict[str, Topic] = {}
-    for topic, answer in asked.items():
-        try:
-            described: Any = answer.result(timeout=1)
-        except KafkaException as error:
-            admin.poll(0)
-            raise _refusal(error_of(error), watch, settings, topic) from error
-        found[topic] = Topic(len(described.partitions), _identity(described.topic_id))
+    for topic in topics:
+        told = _metadata(admin, topic, watch, settings)
+        known = told.topics[topic]
+        if known.error is not None:
+            raise _refusal(known.error, settings, topic)
+        # Only a controller tells the id.
+        identity = _identity(admin, topic, settings.timeout) if told.controller_id in told.brokers else ""
+        largest = _largest(admin, topic, settings.timeout) if limits else None
+        found[topic] = Topic(len(known.partitions), identity, largest)
     return found
 
 
-def _check_admitted(watch: Watch, settings: KafkaSettings) -> None:
-    """Raise where the cluster has refused us; librdkafka goes on trying with the same password."""
-    cause = watch.cause
-    if cause is not None and cause.code() in FORBIDDEN:
-        raise as_stream_error(cause, f"connecting to {settings.servers}")
+def _metadata(admin: AdminClient, topic: str, watch: Watch, settings: KafkaSettings) -> Any:
+    """Ask for a topic in short steps: librdkafka goes on trying with a password that was refused."""
+    deadline = time.monotonic() + settings.timeout
+    while True:
+        try:
+            return admin.list_topics(topic, timeout=min(0.5, settings.timeout))
+        except KafkaException as error:
+            admin.poll(0)
+            cause = watch.cause
+            if cause is not None and cause.code() in FORBIDDEN:
+                raise as_stream_error(cause, f"connecting to {settings.servers}") from error
+            if time.monotonic() < deadline:
+                continue
+            if error_of(error).code() in _SILENT:
+                raise no_broker(settings, watch) from error
+            raise as_stream_error(error, f"topic {topic}") from error
 
 
-def _refusal(error: KafkaError, watch: Watch, settings: KafkaSettings, topic: str) -> StreamError:
+def _check_files(settings: KafkaSettings) -> None:
+    config = dict(settings.ssl_files())
+    if settings.ssl_password_file or settings.ssl_password_env:
+        config["ssl_password"] = settings.ssl_password()
+    if config:
+        check_certificates(config)
+
+
+def _largest(admin: AdminClient, topic: str, timeout: float) -> int | None:
+    """``max.message.bytes`` of a topic; None where we may not see it or nobody tells."""
+    resource = ConfigResource(ConfigResource.Type.TOPIC, topic)
+    try:
+        told = admin.describe_configs([resource], request_timeout=timeout)[resource].result(timeout + 1)
+        return int(told["max.message.bytes"].value)
+    except (KafkaException, KeyError, TypeError, ValueError):
+        return None
+
+
+def _refusal(error: KafkaError, settings: KafkaSettings, topic: str) -> StreamError:
     if error.code() == KafkaError.UNKNOWN_TOPIC_OR_PART:
         return StreamError(f"topic {topic} does not exist on {settings.servers}: make it, or correct its name")
     if error.code() == KafkaError.TOPIC_AUTHORIZATION_FAILED:
         user = settings.sasl_plain_username or "this client"
         return StreamError(f"topic {topic}: the cluster does not let {user} see it; check its ACLs")
-    if error.code() in _SILENT:
-        return no_broker(settings, watch)
     return as_stream_error(error, f"topic {topic}")
 
 
@@ -201,10 +227,16 @@ def no_broker(settings: KafkaSettings, watch: Watch) -> StreamUnavailableError:
     return StreamUnavailableError(f"no broker at {settings.servers} answers{watch.told()}")
 
 
-def _identity(topic_id: object) -> str:
-    """The id of a topic as kafka-python writes it, so that either client knows what the other remembered."""
-    if topic_id is None:
-        return ""
-    text = str(topic_id)
+def _identity(admin: AdminClient, topic: str, timeout: float) -> str:
+    asked = admin.describe_topics(TopicCollection([topic]), request_timeout=timeout)[topic]
+    try:
+        described: Any = asked.result(timeout=timeout + 1)
+    except KafkaException as error:
+        raise as_stream_error(error, f"topic {topic}") from error
+    return as_uuid(str(described.topic_id or ""))
+
+
+def as_uuid(text: str) -> str:
+    """Return the id of a topic as kafka-python writes it, so that either client knows what the other remembered."""
     raw = urlsafe_b64decode(text.replace("+", "-").replace("/", "_") + "=" * (-len(text) % 4))
     return str(uuid.UUID(bytes=raw)) if any(raw) else ""

@@ -166,8 +166,15 @@ def consumer_config(settings: KafkaSettings, *, group: str | None, member: str |
     return _common(settings, defaults) | ours
 
 
+_BATCH_SIZE = 131_072
+
 _TRANSACTION_TIMEOUTS = 1.5
 """Time that a broker leaves a transaction open whose process is gone, in ``settings.timeout``."""
+
+
+def batch_size(settings: KafkaSettings) -> int:
+    """Bytes that a batch may have."""
+    return int(str(settings.extra.get("batch.size", _BATCH_SIZE)))
 
 
 def producer_config(settings: KafkaSettings, *, transactional_id: str | None = None) -> Config:
@@ -177,7 +184,7 @@ def producer_config(settings: KafkaSettings, *, transactional_id: str | None = N
         StreamError: A secret cannot be read.
     """
     defaults = {
-        "batch.size": "131072",
+        "batch.size": str(_BATCH_SIZE),
         "message.max.bytes": "1048576",
         "queue.buffering.max.messages": "100000",
         "queue.buffering.max.kbytes": "65536",

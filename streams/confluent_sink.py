@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from confluent_kafka import KafkaError, KafkaException, Producer
@@ -13,7 +14,7 @@ from confluent_kafka import Message as Delivered
 
 from streams.base import Message, StreamError, StreamUnavailableError
 from streams.confluent_client import FORBIDDEN, Watch, as_stream_error, describe, error_of, explain, make
-from streams.confluent_config import producer_config
+from streams.confluent_config import batch_size, producer_config
 from streams.kafka_settings import KafkaSettings
 
 _FINAL = frozenset(
@@ -46,19 +47,29 @@ class ConfluentClient:
         self.transactional_id = transactional_id
         self.watch = Watch()
         """What the producer says of its connections."""
+        self._batch = batch_size(settings)
         self.limit = 0
         """Bytes that a message may have, as librdkafka counts them."""
         self._lock = threading.Lock()
         self._users = 0
         self._producer: Producer | None = None
 
-    def acquire(self) -> Producer:
-        """Return the producer; it connects by itself.
+    def acquire(self, largest: int | None = None) -> Producer:
+        """Return the producer; it connects by itself. No batch of it is larger than ``largest`` bytes.
+
+        librdkafka does not split a batch that is larger than its topic allows.
 
         Raises:
-            StreamError: librdkafka refuses its settings.
+            StreamError: librdkafka refuses its settings, or makes larger batches for the sinks that have it already.
         """
         with self._lock:
+            if largest is not None and largest < self._batch:
+                if self._producer is not None:
+                    raise StreamError(
+                        f"a topic takes {largest} bytes at once, but batches have up to {self._batch}: set batch.size"
+                        " in extra to less, or raise max.message.bytes of the topic"
+                    )
+                self._batch = largest
             if self._producer is None:
                 self._producer = self._make()
             self._users += 1
@@ -66,6 +77,7 @@ class ConfluentClient:
 
     def _make(self) -> Producer:
         config = producer_config(self.settings, transactional_id=self.transactional_id)
+        config["batch.size"] = str(self._batch)
         self.limit = int(config["message.max.bytes"])
         return make(Producer, config | {"error_cb": self.watch.hear})
 
@@ -94,9 +106,12 @@ class ConfluentClient:
             if self._users > 0:
                 return
             producer, self._producer = self._producer, None
-        if producer is not None and (self.transactional_id is not None or producer.flush(timeout)):
-            producer.purge()  # of a transaction what is committed is written, and the rest shall not be
-            producer.flush(0)
+        if producer is None:
+            return
+        with contextlib.suppress(KafkaException):  # of a producer that has ended for good
+            if self.transactional_id is not None or producer.flush(timeout):
+                producer.purge()  # of a transaction what is committed is written, and the rest shall not be
+                producer.flush(0)
 
     def failure(self, error: KafkaException | KafkaError, what: str) -> StreamError:
         """Return the error to raise for one of the producer.
@@ -118,9 +133,9 @@ class ConfluentSink:
     many wait in the producer, whoever of its sinks sent them, and ``queue.buffering.max.kbytes`` how large they are;
     a rest of one `send` that does not fit waits in the sink, and is handed over before anything newer.
 
-    librdkafka reports failures alone, and does not split a batch that is larger than its topic allows. Where
-    ``max.message.bytes`` of the topic is smaller than ``batch.size`` (131072 unless `extra` says otherwise), the batch
-    is refused though each of its messages would fit.
+    librdkafka does not split a batch that is larger than its topic allows, so the batches of a client are as small as
+    its first topic needs. Where we may not see ``max.message.bytes`` of a topic and it is below ``batch.size`` (131072
+    unless `extra` says otherwise), a batch is refused though each of its messages would fit.
     """
 
     def __init__(
@@ -170,9 +185,9 @@ class ConfluentSink:
         """
         if self._producer is not None:
             return
-        describe(self.settings, [self.topic])
-        self._producer = self._client.acquire()
-        self._limit = self._client.limit - _RECORD_OVERHEAD
+        largest = describe(self.settings, [self.topic], limits=True)[self.topic].max_bytes
+        self._producer = self._client.acquire(largest)
+        self._limit = min(self._client.limit, largest or self._client.limit) - _RECORD_OVERHEAD
 
     def send(self, messages: Sequence[Message]) -> None:
         """Hand messages over in order; they are durable after `flush`.
@@ -189,7 +204,7 @@ class ConfluentSink:
         self._make_room(producer, len(messages))
         self._rest.extend(messages)
         self._hand_over(producer)
-        producer.poll(0)
+        self._serve(producer.poll, 0)
         self._raise_refused()
 
     def flush(self, timeout: float) -> None:
@@ -203,7 +218,7 @@ class ConfluentSink:
         deadline = time.monotonic() + timeout
         while True:
             self._hand_over(producer)
-            left = producer.flush(max(0.0, deadline - time.monotonic()))
+            left = self._serve(producer.flush, max(0.0, deadline - time.monotonic()))
             self._raise_refused()
             if not left and not self._rest:
                 self._client.watch.well()
@@ -248,10 +263,20 @@ class ConfluentSink:
                     produce(topic, value, key, -1, refused)
                 rest.popleft()
         except BufferError:
-            producer.poll(0)
+            self._serve(producer.poll, 0)
         except KafkaException as error:
             self._rest.clear()
             raise self._client.failure(error, f"writing to {self.topic}") from error
+
+    def _serve(self, call: Callable[[float], int], timeout: float) -> int:
+        """Let librdkafka report; it raises what ends a producer for good."""
+        try:
+            return call(timeout)
+        except (KafkaException, SystemError) as error:  # the latter where a report comes behind such an end
+            cause = error if isinstance(error, KafkaException) else error.__cause__
+            if not isinstance(cause, KafkaException):
+                raise
+            raise self._client.failure(cause, f"writing to {self.topic}") from error
 
     def _make_room(self, producer: Producer, count: int) -> None:
         allowed = max(0, self.max_pending - count)
@@ -260,7 +285,7 @@ class ConfluentSink:
             self._raise_refused()
             if time.monotonic() >= deadline:
                 raise self._waiting()
-            producer.poll(0.002)
+            self._serve(producer.poll, 0.002)
             self._hand_over(producer)
 
     def _waiting(self) -> StreamUnavailableError:
@@ -295,9 +320,8 @@ class ConfluentSink:
         if size > self._limit:
             key = "no key" if message.key is None else f"a key of {len(message.key)} bytes"
             raise StreamError(
-                f"a message of {size} bytes ({key}) is too large for topic {self.topic}: the limit here is"
-                f" message.max.bytes = {self._limit + _RECORD_OVERHEAD} (raise it in extra), that of the topic is"
-                " max.message.bytes"
+                f"a message of {size} bytes ({key}) is too large for topic {self.topic}, where {self._limit} are"
+                " allowed: raise max.message.bytes of the topic and message.max.bytes in extra, or send less"
             )
 
 

@@ -125,8 +125,9 @@ class ConfluentSource:
                 self._places.unplaced = [TopicPartition(*partition) for partition in partitions]
                 self._places.place(self._consumer, self.settings.timeout)
         except KafkaException as error:
+            refusal = self._refusal_of(self._consumer) or as_stream_error(error, f"opening {', '.join(self._topics)}")
             self.close()
-            raise as_stream_error(error, f"opening {', '.join(self._topics)}") from error
+            raise refusal from error
         except BaseException:
             self.close()
             raise
@@ -319,11 +320,26 @@ class ConfluentSource:
             self._recover(error)
         return False
 
+    def _refusal_of(self, consumer: Consumer) -> StreamError | None:
+        """What keeps the cluster from answering: librdkafka tells it out of a poll, and lets the question time out."""
+        try:
+            message = consumer.poll(0.1)
+            if message is not None:
+                self._is_record(consumer, message)
+        except StreamError as error:
+            return error
+        return None
+
     def _recover(self, error: KafkaError) -> None:
         """Note an error that the client gets over; raise where reading cannot go on."""
         unasked = self._group is None and error.code() == KafkaError.GROUP_AUTHORIZATION_FAILED
         if "same group.instance.id" in error.str():
             self.commits.fenced = True  # the next poll deals with it
+        elif error.code() == KafkaError.GROUP_AUTHORIZATION_FAILED and not unasked:
+            raise StreamError(
+                f"reading {', '.join(self._topics)}: the cluster does not permit it (group {self._group}:"
+                f" {explain(error)}); check the user and its ACLs"
+            )
         elif not passes(error) and not unasked:
             raise as_stream_error(error, f"reading {', '.join(self._topics)}")
         self.last_error = explain(error)

@@ -82,7 +82,7 @@ def connect(factory: Callable[..., Any], config: Mapping[str, Any]) -> Any:
         StreamUnavailableError: No broker answered within the time that ``config`` gives.
         StreamError: The cluster refused us, or kafka-python refused a setting.
     """
-    _check_certificates(config)
+    check_certificates(config)
     made: list[KafkaNetClient] = []
     connections: list[_Connections] = []
 
@@ -104,8 +104,12 @@ def connect(factory: Callable[..., Any], config: Mapping[str, Any]) -> Any:
         raise refusal from error
 
 
-def _check_certificates(config: Mapping[str, Any]) -> None:
-    """Read certificates and key once: kafka-python takes a wrong one for a broker that does not answer."""
+def check_certificates(config: Mapping[str, Any]) -> None:
+    """Read certificates and key once: clients take a wrong one for a broker that does not answer.
+
+    Raises:
+        StreamError: They cannot be used, or not together.
+    """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     authority, certificate = config.get("ssl_cafile"), config.get("ssl_certfile")
     if authority is not None:

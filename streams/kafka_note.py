@@ -23,8 +23,9 @@ class Note(NamedTuple):
 
 def read_note(text: str | None) -> Note:
     """Return what a committed text says. One that is not ours names an owner at most."""
-    if not text or not text.startswith("{"):
-        return Note(text or "")
+    text = (text or "").rstrip("\0")  # librdkafka ends with a zero byte what it commits in a transaction
+    if not text.startswith("{"):
+        return Note(text)
     try:
         found = json.loads(text)
         owner, floor = found["member"], found["floor"]

@@ -32,11 +32,11 @@ from tests.broker.proxy import Proxy
 
 
 @pytest.fixture
-def daemons(tmp_path: Path, bootstrap: str) -> Iterator[Any]:
+def daemons(tmp_path: Path, bootstrap: str, client: str) -> Iterator[Any]:
     made: list[Daemon] = []
 
     def make(topics: Topics, name: str = "daemon", **content: str) -> Daemon:
-        made.append(Daemon(tmp_path / name, topics, bootstrap, **content))
+        made.append(Daemon(tmp_path / name, topics, bootstrap, client, **content))
         return made[-1]
 
     yield make

@@ -27,23 +27,27 @@ LIMIT = 60.0
 
 SIGNAL = """
 import os, signal
-from {module} import {owner}
-really = {owner}.{call}
+import streams.{module} as module
 calls = []
-def call(*arguments, **options):
-    calls.append(1)
-    if {after}:
-        really(*arguments, **options)
-    if len(calls) == {nth}:
-        os.kill(os.getpid(), signal.{sign})
-    return None if {after} else really(*arguments, **options)
-{owner}.{call} = call
+class Watched(module.{owner}):
+    def {call}(self, *arguments, **options):
+        calls.append(1)
+        if {after}:
+            super().{call}(*arguments, **options)
+        if len(calls) == {nth}:
+            os.kill(os.getpid(), signal.{sign})
+        return None if {after} else super().{call}(*arguments, **options)
+module.{owner} = Watched
 """
 """A process that ends or stops itself at one call of the client."""
 
 
-def at(call: str, nth: int, sign: str = "SIGKILL", *, after: bool = False) -> str:
-    return SIGNAL.format(module="kafka", owner="KafkaProducer", call=call, nth=nth, sign=sign, after=after)
+OWNERS = {"kafka-python": ("kafka_sink", "KafkaProducer"), "confluent": ("confluent_sink", "Producer")}
+
+
+def at(client: str, call: str, nth: int, sign: str = "SIGKILL", *, after: bool = False) -> str:
+    module, owner = OWNERS[client]
+    return SIGNAL.format(module=module, owner=owner, call=call, nth=nth, sign=sign, after=after)
 
 
 def once(settings: KafkaSettings, topics: Topics, count: int, bad: int = 0) -> bool:
@@ -131,7 +135,7 @@ def test_a_kill_at_every_step_of_a_transaction_leaves_each_answer_once(
     events = sink(topics.data)
     count = 0
     for call, nth, after in MOMENTS:
-        life = daemon.start(*FLAGS, before=at(call, nth, after=after))
+        life = daemon.start(*FLAGS, before=at(settings.client, call, nth, after=after))
         life.until(lambda status: status["state"] != "starting")
         for _ in range(nth):
             send(events, small_events(count, 20))
@@ -184,7 +188,9 @@ def test_a_daemon_that_stood_still_until_its_transaction_expired_goes_on(
 ) -> None:
     topics = Topics.make(topic)
     events = sink(topics.data)
-    life = daemons(topics).start(*FLAGS, "streams.kafka.timeout=2", before=at("commit_transaction", 2, "SIGSTOP"))
+    life = daemons(topics).start(
+        *FLAGS, "streams.kafka.timeout=2", before=at(settings.client, "commit_transaction", 2, "SIGSTOP")
+    )
     life.until(lambda status: status["state"] == "waiting for records")
     for first in range(0, 150, 50):
         send(events, small_events(first, 50))
@@ -201,7 +207,7 @@ def test_a_zombie_whose_successor_lives_writes_nothing_and_ends_with_a_sentence(
 ) -> None:
     topics = Topics.make(topic)
     events = sink(topics.data)
-    zombie = daemons(topics, "zombie").start(*FLAGS, before=at("commit_transaction", 3, "SIGSTOP"))
+    zombie = daemons(topics, "zombie").start(*FLAGS, before=at(settings.client, "commit_transaction", 3, "SIGSTOP"))
     zombie.until(lambda status: status["state"] == "waiting for records")
     for first in range(0, 150, 50):
         send(events, small_events(first, 50))

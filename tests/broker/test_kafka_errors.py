@@ -5,12 +5,25 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
 from streams.base import Message, StreamError, StreamUnavailableError
-from streams.kafka import KafkaSettings, KafkaSink, KafkaSource
-from tests.broker.helpers import LIMIT, Keeper, fresh_group, poll_until, read, write
+from streams.clients import source_of
+from streams.kafka import KafkaSettings
+from tests.broker.helpers import (
+    LIMIT,
+    AnySink,
+    AnySource,
+    Keeper,
+    fresh_group,
+    named_for,
+    poll_until,
+    read,
+    sink_on,
+    write,
+)
 from tests.broker.mock import (
     API_VERSION,
     COORDINATOR_AWAY,
@@ -43,13 +56,12 @@ def mock() -> Iterator[Mock]:
 
 
 @pytest.fixture
-def settings(mock: Mock) -> KafkaSettings:
-    return KafkaSettings(
-        bootstrap_servers=tuple(mock.bootstrap.split(",")),
-        allow_insecure=True,
-        timeout=3.0,
-        extra={"api_version": API_VERSION, "heartbeat_interval_ms": 300, "retry_backoff_ms": 50},
-    )
+def settings(mock: Mock, client: str) -> KafkaSettings:
+    extra: dict[str, Any] = named_for(client, {"heartbeat_interval_ms": 300, "retry_backoff_ms": 50})
+    if client == "kafka-python":
+        extra["api_version"] = API_VERSION
+    given = {"bootstrap_servers": mock.bootstrap, "client": client, "timeout": 3.0, "extra": extra}
+    return KafkaSettings.model_validate(given)
 
 
 @pytest.fixture
@@ -61,22 +73,22 @@ def name(mock: Mock) -> str:
 
 
 @pytest.fixture
-def sink(settings: KafkaSettings, name: str) -> Iterator[KafkaSink]:
-    made = KafkaSink(name, settings)
+def sink(settings: KafkaSettings, name: str) -> Iterator[AnySink]:
+    made = sink_on(name, settings)
     made.open()
     yield made
     made.close()
 
 
-Open = Callable[..., KafkaSource]
+Open = Callable[..., AnySource]
 
 
 @pytest.fixture
 def source(settings: KafkaSettings, name: str) -> Iterator[Open]:
-    made: list[KafkaSource] = []
+    made: list[AnySource] = []
 
-    def opened(group: str | None = None) -> KafkaSource:
-        made.append(KafkaSource([name], settings, group=group))
+    def opened(group: str | None = None) -> AnySource:
+        made.append(source_of([name], settings, group=group))
         made[-1].open(Keeper())
         return made[-1]
 
@@ -85,25 +97,23 @@ def source(settings: KafkaSettings, name: str) -> Iterator[Open]:
         one.close()
 
 
-def values(source: KafkaSource, count: int) -> list[int]:
+def values(source: AnySource, count: int) -> list[int]:
     return sorted(int(record.value) for record in read(source, count))
 
 
-def test_all_is_well_without_errors(sink: KafkaSink, source: Open) -> None:
+def test_all_is_well_without_errors(sink: AnySink, source: Open) -> None:
     write(sink, 20)
     assert values(source(fresh_group()), 20) == list(range(20))
 
 
 @pytest.mark.parametrize("request_", [PRODUCE, FETCH], ids=["produce", "fetch"])
-def test_three_answers_of_not_the_leader_are_got_over(mock: Mock, sink: KafkaSink, source: Open, request_: int) -> None:
+def test_three_answers_of_not_the_leader_are_got_over(mock: Mock, sink: AnySink, source: Open, request_: int) -> None:
     mock.fail(request_, [NOT_LEADER] * 3)
     write(sink, 20)
     assert values(source(), 20) == list(range(20))
 
 
-def test_a_leader_that_moves_is_followed_and_order_is_kept(
-    mock: Mock, sink: KafkaSink, source: Open, name: str
-) -> None:
+def test_a_leader_that_moves_is_followed_and_order_is_kept(mock: Mock, sink: AnySink, source: Open, name: str) -> None:
     reader = source()
     for first in range(0, 80, 20):
         for partition in (0, 1):
@@ -113,13 +123,13 @@ def test_a_leader_that_moves_is_followed_and_order_is_kept(
     assert [int(record.value) for record in read(reader, 80)] == list(range(80))
 
 
-def test_writing_that_is_not_permitted_is_told_with_what_to_check(mock: Mock, sink: KafkaSink, name: str) -> None:
+def test_writing_that_is_not_permitted_is_told_with_what_to_check(mock: Mock, sink: AnySink, name: str) -> None:
     mock.fail(PRODUCE, [TOPIC_FORBIDDEN])
     with pytest.raises(StreamError, match=f"writing to {name}.*does not permit it.*check the user and its ACLs"):
         write(sink, 1)
 
 
-def test_a_message_that_the_topic_refuses_for_its_size_is_told(mock: Mock, sink: KafkaSink) -> None:
+def test_a_message_that_the_topic_refuses_for_its_size_is_told(mock: Mock, sink: AnySink) -> None:
     mock.fail(PRODUCE, [TOO_LARGE])
     with pytest.raises(StreamError, match=r"refuses a message of 3 bytes: raise max\.message\.bytes"):
         write(sink, 1)
@@ -128,7 +138,7 @@ def test_a_message_that_the_topic_refuses_for_its_size_is_told(mock: Mock, sink:
 @pytest.mark.parametrize("error", [COORDINATOR_LOADING, COORDINATOR_AWAY, NOT_COORDINATOR])
 @pytest.mark.parametrize("request_", [OFFSET_COMMIT, FIND_COORDINATOR], ids=["commit", "find"])
 def test_a_commit_is_tried_again_until_the_coordinator_takes_it(
-    mock: Mock, sink: KafkaSink, source: Open, request_: int, error: int
+    mock: Mock, sink: AnySink, source: Open, request_: int, error: int
 ) -> None:
     write(sink, 20)
     reader = source(fresh_group())
@@ -142,7 +152,7 @@ def test_a_commit_is_tried_again_until_the_coordinator_takes_it(
         mock.heal(request_)
 
 
-def test_a_coordinator_that_moves_is_followed(mock: Mock, sink: KafkaSink, source: Open) -> None:
+def test_a_coordinator_that_moves_is_followed(mock: Mock, sink: AnySink, source: Open) -> None:
     write(sink, 20)
     group = fresh_group()
     mock.coordinate(group, 1)
@@ -164,7 +174,7 @@ def test_a_group_that_is_not_permitted_is_told_and_reading_does_not_begin(mock: 
 
 @pytest.mark.parametrize("request_", [METADATA, LIST_OFFSETS], ids=["metadata", "offsets"])
 def test_a_start_that_fails_for_the_moment_may_be_tried_again(
-    mock: Mock, sink: KafkaSink, source: Open, request_: int
+    mock: Mock, sink: AnySink, source: Open, request_: int
 ) -> None:
     write(sink, 5)
     mock.fail(request_, [NOT_LEADER] * 2)
@@ -179,7 +189,7 @@ def test_a_start_that_fails_for_the_moment_may_be_tried_again(
     assert values(reader, 5) == list(range(5))
 
 
-def test_a_slow_broker_costs_time_and_nothing_else(mock: Mock, sink: KafkaSink, source: Open) -> None:
+def test_a_slow_broker_costs_time_and_nothing_else(mock: Mock, sink: AnySink, source: Open) -> None:
     reader = source(fresh_group())
     mock.slow(0.5)
     try:
@@ -196,7 +206,7 @@ def test_a_slow_broker_costs_time_and_nothing_else(mock: Mock, sink: KafkaSink, 
 
 
 def test_brokers_that_are_away_are_waited_for_at_the_start_and_on_the_way(
-    mock: Mock, settings: KafkaSettings, sink: KafkaSink, source: Open, name: str
+    mock: Mock, settings: KafkaSettings, sink: AnySink, source: Open, name: str
 ) -> None:
     write(sink, 10)
     reader = source()
@@ -208,7 +218,7 @@ def test_brokers_that_are_away_are_waited_for_at_the_start_and_on_the_way(
         with pytest.raises(StreamUnavailableError, match="messages wait"):
             sink.flush(0.3)
         poll_until([reader], lambda: "no broker at" in reader.trouble)
-        late = KafkaSource([name], settings.model_copy(update={"timeout": 0.5}))
+        late = source_of([name], settings.model_copy(update={"timeout": 0.5}))
         with pytest.raises(StreamUnavailableError, match="no broker at"):
             late.open(Keeper())
     finally:

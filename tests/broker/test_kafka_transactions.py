@@ -5,29 +5,41 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 from kafka import KafkaAdminClient
 
 from streams.base import Message, Positions, StreamError, StreamUnavailableError
-from streams.kafka import KafkaClient, KafkaSettings, KafkaSink, KafkaSource
+from streams.clients import client_of, sink_of, source_of, transactions_of
+from streams.confluent_transactions import ConfluentTransactions
+from streams.kafka import KafkaSettings
 from streams.kafka_note import read_note
-from streams.kafka_settings import Extra
 from streams.kafka_transactions import KafkaTransactions
 from tests.broker.daemons import everything
-from tests.broker.helpers import Keeper, SinkFactory, TopicFactory, fresh_group, poll_until, write
+from tests.broker.helpers import (
+    AnySink,
+    AnySource,
+    Keeper,
+    SinkFactory,
+    TopicFactory,
+    fresh_group,
+    named_for,
+    poll_until,
+    write,
+)
 
-QUICK: dict[str, Extra] = {"heartbeat_interval_ms": 300, "session_timeout_ms": 6000}
+QUICK = {"heartbeat_interval_ms": 300, "session_timeout_ms": 6000}
 
 
 @dataclass
 class Member:
     """A member of a group with what it writes in transactions."""
 
-    source: KafkaSource
-    sink: KafkaSink
-    letters: KafkaSink
-    transactions: KafkaTransactions
+    source: AnySource
+    sink: AnySink
+    letters: AnySink
+    transactions: KafkaTransactions | ConfluentTransactions
 
     def send(self, value: bytes, end: int) -> Positions:
         self.sink.send([Message(None, value)])
@@ -58,8 +70,9 @@ class Place:
 
 
 @pytest.fixture
-def place(topic: TopicFactory, bootstrap: str) -> Place:
-    settings = KafkaSettings(bootstrap_servers=(bootstrap,), allow_insecure=True, timeout=2, extra=QUICK)
+def place(topic: TopicFactory, bootstrap: str, client: str) -> Place:
+    given = {"bootstrap_servers": bootstrap, "allow_insecure": True, "client": client, "timeout": 2}
+    settings = KafkaSettings.model_validate(given | {"extra": named_for(client, QUICK)})
     return Place(topic(1, "data"), topic(1, "out"), topic(1, "letters"), fresh_group(), settings)
 
 
@@ -68,11 +81,11 @@ def member(place: Place) -> Iterator[Members]:
     made: list[Member] = []
 
     def make(name: str = "m", *, joined: bool = True) -> Member:
-        source = KafkaSource([place.data], place.settings, group=place.group, assignment="group", member=name)
+        source = source_of([place.data], place.settings, group=place.group, assignment="group", member=name)
         keeper = Keeper()
-        client = KafkaClient(place.settings, transactional_id=f"{place.group}-{name}")
-        transactions = KafkaTransactions(client, place.group, name, source.group_metadata, [place.data])
-        sink, letters = (KafkaSink(topic, place.settings, client=client) for topic in (place.out, place.letters))
+        client = client_of(place.settings, transactional_id=f"{place.group}-{name}")
+        transactions = transactions_of(client, source, group=place.group, owner=name)
+        sink, letters = (sink_of(topic, client) for topic in (place.out, place.letters))
         made.append(Member(source, sink, letters, transactions))
         source.open(keeper)
         if joined:
@@ -139,21 +152,37 @@ def test_a_transaction_that_expired_is_made_again(place: Place, member: Members)
     assert place.seen() == [b"in time"]
 
 
+def unheard(really: Callable[..., None]) -> Callable[..., None]:
+    """The last of three calls to librdkafka is done, and nobody hears of it."""
+    calls: list[str] = []
+
+    def call(what: str, *arguments: Any) -> None:
+        really(what, *arguments)
+        calls.append(what)
+        if len(calls) == 3:
+            raise StreamUnavailableError("no answer from the cluster")
+
+    return call
+
+
 def test_a_commit_that_happened_and_was_not_heard_of_is_found_out(
     place: Place, member: Members, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = member()
     ready(one)
-    producer = one.transactions._client.producer
-    really = producer.commit_transaction
+    if isinstance(one.transactions, ConfluentTransactions):
+        monkeypatch.setattr(one.transactions, "_do", unheard(one.transactions._do))
+    else:
+        producer = one.transactions._client.producer
+        really = producer.commit_transaction
 
-    def unheard() -> None:
-        really()
-        time.sleep(3)
+        def late() -> None:
+            really()
+            time.sleep(3)
 
-    monkeypatch.setattr(producer, "commit_transaction", unheard)
+        monkeypatch.setattr(producer, "commit_transaction", late)
     one.transactions.begin()
-    with pytest.raises(StreamUnavailableError, match="no answer from the cluster within 2 s"):
+    with pytest.raises(StreamUnavailableError, match="no answer from the cluster"):
         one.transactions.commit(one.send(b"a", 5), None, 2)
     assert one.transactions.recover() == {(place.data, 0): 5}
     assert place.seen() == [b"a"]

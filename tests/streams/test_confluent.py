@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from streams.base import Found, Message, Partition, Positions, Record, StreamError, StreamUnavailableError
 from streams.clients import client_of, sink_of, source_of
-from streams.confluent_client import Watch, _identity, as_stream_error, make
+from streams.confluent_client import Watch, as_stream_error, as_uuid, make
 from streams.confluent_commits import Commits
 from streams.confluent_config import admin_config, consumer_config, producer_config
 from streams.confluent_fetch import HELD_RECORDS, Flow, records
@@ -273,7 +273,7 @@ def test_a_commit_that_fails_is_counted_and_told() -> None:
 
 
 def test_ids_of_topics_read_the_same_through_either_client() -> None:
-    assert _identity("zXDEF1e9RAS9jE4MfPw5aQ") == "cd70c417-57bd-4404-bd8c-4e0c7cfc3969"
-    assert _identity("AAAAAAAAAAAAAAAAAAAAAA") == ""
-    assert _identity(None) == ""
-    assert uuid.UUID(_identity("+/DEF1e9RAS9jE4MfPw5aQ")).bytes[:2] == b"\xfb\xf0"
+    assert as_uuid("zXDEF1e9RAS9jE4MfPw5aQ") == "cd70c417-57bd-4404-bd8c-4e0c7cfc3969"
+    assert as_uuid("AAAAAAAAAAAAAAAAAAAAAA") == ""
+    assert as_uuid("") == ""
+    assert uuid.UUID(as_uuid("+/DEF1e9RAS9jE4MfPw5aQ")).bytes[:2] == b"\xfb\xf0"
