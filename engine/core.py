@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -125,6 +125,11 @@ class Core:
         """How far event time has come, in seconds; the clock of all methods."""
         return self.clock.value
 
+    @property
+    def now(self) -> float:
+        """The watermark, with the batch that was answered last."""
+        return self.watermark if self._batch is None else self._batch[0].now
+
     # -- data ---------------------------------------------------------------------------------------------------
 
     def answer(self, events: Sequence[Event]) -> Answers:
@@ -165,8 +170,8 @@ class Core:
         """Let the inputs of a batch wait; labels that came before their event join now."""
         step = answers.step
         waiting = [
-            Waiting(name, inputs, time, group, label, step)
-            for (name, inputs, time, group, _), label in zip(answers.events, answers.labels.tolist(), strict=True)
+            Waiting(name, inputs, time, group, label, step, record[1])
+            for (name, inputs, time, group, record), label in zip(answers.events, answers.labels.tolist(), strict=True)
         ]
         self._joined(self.joins.answered(waiting, self.watermark))
 
@@ -213,6 +218,26 @@ class Core:
         self.counts["feedback"] += len(items)
         self._joined(self.joins.feedback(items, self.watermark))
         self.make_job()
+
+    # -- partitions that move -----------------------------------------------------------------------------------
+
+    def seen(self, events: Sequence[Event]) -> None:
+        """Let events wait for their labels that somebody else has answered. Nothing is answered or adapted to."""
+        self.clock.advance([event.time for event in events])
+        if self.settings.store_inputs:
+            waiting = [Waiting(*event[:4], -1, -1, event.record.partition) for event in events]
+            self._joined(self.joins.seen(waiting, self.watermark))
+        self.make_job()
+
+    def seen_feedback(self, items: Sequence[Feedback]) -> None:
+        """Let nothing wait any more for feedback that somebody else has learned from. Nothing is counted."""
+        self.clock.advance([item.time for item in items])
+        self.joins.seen_feedback(items, self.watermark)
+        self.make_job()
+
+    def moved(self, data: Collection[int], feedback: Collection[int]) -> None:
+        """Forget what waits of partitions, by number, whose waiting joins somebody makes anew: others, or `seen`."""
+        self.joins.drop(data, feedback)
 
     def _joined(self, rows: Sequence[Joined]) -> None:
         """Sort joined rows into those to learn from and those to audit."""

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, cast
 
+from engine.rebuild import Rebuild
 from streams.base import Partition, Positions, Record, StreamError
 from streams.codec import BadRecord, Event, Feedback
 from streams.journal import Entry, Kind, Run, runs_of
@@ -58,6 +59,12 @@ def split(items: Sequence[Item]) -> tuple[list[Event | Feedback], list[Bad]]:
     return [item for item in items if not isinstance(item, Bad)], bad
 
 
+MOVES = (Kind.TAKEN, Kind.LEFT)
+"""Entries that tell which partitions came and went, and that have no records."""
+
+_SEEN = {Kind.DATA: Kind.SEEN_DATA, Kind.FEEDBACK: Kind.SEEN_FEEDBACK}
+
+
 class Cutter:
     """What both cutters share: queues by partition, and the journal's entries to repeat first.
 
@@ -73,6 +80,8 @@ class Cutter:
         self._replay = deque(replay)
         self._queues: dict[Partition, deque[Item]] = {}
         self._ended: set[Partition] = set()
+        self._moves: deque[Cut] = deque()
+        self.rebuild = Rebuild(kinds)
         self.taken: dict[str, int] = dict.fromkeys(kinds, 0)
         """Records cut so far, by stream."""
         self.starved: frozenset[str] = frozenset()
@@ -83,24 +92,57 @@ class Cutter:
         """Journal entries still to repeat."""
         return len(self._replay)
 
+    @property
+    def rebuilding(self) -> Positions:
+        """Partitions whose waiting joins are being made anew, with the position up to which records do that."""
+        return self.rebuild.until
+
     def awaited(self) -> set[Partition]:
-        """Partitions that the journal entries still to repeat name."""
-        return {(run.stream, run.partition) for entry in self._replay for run in entry.runs}
+        """Partitions of which the journal entries still to repeat name records."""
+        entries = [entry for entry in self._replay if entry.kind not in MOVES]
+        return {(run.stream, run.partition) for entry in entries for run in entry.runs}
+
+    def named(self) -> set[Partition]:
+        """Partitions that anything names which is still to be repeated, or moved."""
+        runs = [run for entry in self._replay for run in entry.runs] + [
+            run for move in self._moves for run in move.runs
+        ]
+        return {(run.stream, run.partition) for run in runs}
 
     def abandon(self) -> None:
-        """Repeat no more of the journal; records that wait are cut as new ones are."""
+        """Repeat no more of the journal but what moved; records that wait are cut as new ones are."""
+        left = [Cut(Kind(entry.kind), (), entry.runs) for entry in self._replay if entry.kind in MOVES]
+        self._moves.extendleft(reversed(left))
         self._replay.clear()
         self.starved = frozenset()
 
-    def assigned(self, partitions: Iterable[Partition]) -> None:
-        """Expect records of these partitions."""
+    def assigned(self, partitions: Iterable[Partition], seen: Mapping[Partition, int] | None = None) -> None:
+        """Expect records of these partitions; what lies before the positions in ``seen`` was seen before."""
         for partition in partitions:
             self._queues.setdefault(partition, deque())
             self._ended.discard(partition)
 
+    def read(self, partitions: Iterable[Partition]) -> None:
+        """Hear that everything seen before of these partitions has been fed."""
+
+    def move(self, kind: Kind, runs: Iterable[Run]) -> None:
+        """Cut, before all that is not journaled yet, that partitions came or went."""
+        cut = Cut(kind, (), tuple(runs))
+        if cut.runs:
+            self._moves.append(cut)
+
+    def take_moves(self) -> list[Cut]:
+        """The moves that are to be applied now; none while the journal is repeated."""
+        moves, self._moves = ([], self._moves) if self._replay else (list(self._moves), deque())
+        return moves
+
     def revoked(self, partitions: Iterable[Partition]) -> None:
         """Drop what waits of these partitions: it was never journaled, so whoever reads them next will see it."""
-        for partition in partitions:
+        gone = set(partitions)
+        moves, self._moves = self._moves, deque()
+        for move in moves:
+            self.move(move.kind, [run for run in move.runs if move.kind is Kind.LEFT or run[:2] not in gone])
+        for partition in gone:
             for item in self._queues.pop(partition, ()):
                 self.taken[item.record.stream] += 1
 
@@ -122,6 +164,8 @@ class Cutter:
         """The next cut, or None when more records or more time are needed."""
         if self._replay:
             return self._repeat()
+        if self._moves:
+            return self._moves.popleft()
         return self._cut(now)
 
     def deadline(self) -> float:
@@ -147,7 +191,7 @@ class Cutter:
         if self.starved:
             return None
         items: list[Item] = []
-        for run in entry.runs:
+        for run in () if entry.kind in MOVES else entry.runs:
             queue = self._queues[run.stream, run.partition]
             items += [queue.popleft() for _ in range(run.count)]
             self.taken[run.stream] += run.count
@@ -158,7 +202,7 @@ class Cutter:
         """Streams of which an entry needs more records than wait; what waits is compared with it, nothing taken."""
         missing = set()
         needed: dict[Partition, int] = {}
-        for run in entry.runs:
+        for run in () if entry.kind in MOVES else entry.runs:
             partition = run.stream, run.partition
             needed[partition] = count = needed.get(partition, 0) + run.count
             queue = self._queues.get(partition, ())
@@ -189,6 +233,16 @@ class ArrivalCutter(Cutter):
         self._lines: dict[Kind, deque[Item]] = {Kind.DATA: deque(), Kind.FEEDBACK: deque()}
         self._arrived: dict[Kind, deque[tuple[float, int]]] = {Kind.DATA: deque(), Kind.FEEDBACK: deque()}
         self._turn = Kind.DATA
+        self._seen_last = False
+
+    def assigned(self, partitions: Iterable[Partition], seen: Mapping[Partition, int] | None = None) -> None:
+        """See `Cutter.assigned`."""
+        super().assigned(partitions)
+        self.rebuild.begin(seen or {})
+
+    def read(self, partitions: Iterable[Partition]) -> None:
+        """See `Cutter.read`."""
+        self.rebuild.read(partitions)
 
     def feed(self, items: Sequence[Item], now: float) -> None:
         """Take in items; see `Cutter.feed`."""
@@ -196,6 +250,8 @@ class ArrivalCutter(Cutter):
             super().feed(items, now)
             return
         self._leave_replay(now)
+        if self.rebuild.until:
+            items = self.rebuild.sort(items)
         start = 0
         for index in range(1, len(items) + 1):  # one chunk mostly holds one stream
             stream = items[start].record.stream
@@ -214,6 +270,8 @@ class ArrivalCutter(Cutter):
         """Drop what waits of these partitions; see `Cutter.revoked`."""
         gone = set(partitions)
         super().revoked(gone)
+        for item in self.rebuild.drop(gone):
+            self.taken[item.record.stream] += 1
         for kind, line in self._lines.items():
             kept = deque(item for item in line if (item.record.stream, item.record.partition) not in gone)
             for item in line:
@@ -225,6 +283,18 @@ class ArrivalCutter(Cutter):
 
     def _cut(self, now: float) -> Cut | None:
         self._leave_replay(now)
+        self.feed(self.rebuild.finish() or (), now)
+        turns = (self._cut_new, self._cut_seen) if self._seen_last else (self._cut_seen, self._cut_new)
+        cut = turns[0](now) or turns[1](now)
+        self._seen_last = cut is not None and cut.kind in _SEEN.values()
+        self.starved = self.rebuild.starved()
+        return cut
+
+    def _cut_seen(self, now: float) -> Cut | None:
+        taken = self.rebuild.take(self._max_size)
+        return None if taken is None else self._make(_SEEN[taken[0]], taken[1])
+
+    def _cut_new(self, now: float) -> Cut | None:
         for kind in (self._turn, Kind.DATA, Kind.FEEDBACK):
             line = self._lines[kind]
             if line and (len(line) >= self._max_size or now >= self._due(kind) or self._over(kind)):
@@ -264,76 +334,5 @@ class ArrivalCutter(Cutter):
 
     def exhausted(self) -> bool:
         """See `Cutter.exhausted`."""
-        empty = not any(self._lines.values()) and not any(self._queues.values())
+        empty = self.rebuild.empty and not any(self._lines.values()) and not any(self._queues.values())
         return empty and not self._replay and all(p in self._ended for p in self._queues)
-
-
-class _Head(NamedTuple):
-    """What orders the queues of a `TimeCutter`: the oldest first."""
-
-    time: float
-    kind: int
-    stream: str
-    partition: int
-
-
-_LAST = _Head(math.inf, max(Kind) + 1, "", 0)
-
-
-class TimeCutter(Cutter):
-    """Merges bounded streams by event time. Before a full batch of data comes the feedback that is older."""
-
-    def __init__(self, kinds: Mapping[str, Kind], max_size: int, replay: Iterable[Entry] = ()) -> None:
-        super().__init__(kinds, max_size, replay)
-        self._open: dict[Kind, list[Item]] = {Kind.DATA: [], Kind.FEEDBACK: []}
-        self._ready: deque[Cut] = deque()
-
-    def _cut(self, now: float) -> Cut | None:
-        while not self._ready:
-            heads = self._heads()
-            if not heads:
-                return None
-            first = min(heads)
-            self._take(first, min((head for head in heads if head is not first), default=_LAST))
-        return self._ready.popleft()
-
-    def _heads(self) -> list[_Head]:
-        """The head of every queue; none at all while a partition that has not ended has no head."""
-        heads = [_Head(q[0].time, int(self._kinds[p[0]]), *p) for p, q in self._queues.items() if q]
-        self.starved = frozenset([p[0] for p, q in self._queues.items() if not q and p not in self._ended])
-        return [] if self.starved else heads
-
-    def _take(self, first: _Head, following: _Head) -> None:
-        """Move what comes before the head of every other queue into the open batch, until that is full."""
-        queue = self._queues[first.stream, first.partition]
-        items = self._open[Kind(first.kind)]
-        room = max(0, self._max_size - len(items))  # there may be more than a batch has had room for since `resize`
-        limit, wins_ties = following.time, first[1:] < following[1:]
-        while room and queue and ((time := queue[0].time) < limit or (wins_ties and time == limit)):
-            items.append(queue.popleft())
-            room -= 1
-        if not room or (not queue and self._over()):
-            self._close()
-
-    def _close(self) -> None:
-        """Cut what is open, feedback first."""
-        for kind in (Kind.FEEDBACK, Kind.DATA):
-            items = self._open[kind]
-            if items and (kind is Kind.FEEDBACK or len(items) >= self._max_size or self._over()):
-                self._ready.append(self._make(kind, items))
-                self._open[kind] = []
-
-    def _over(self) -> bool:
-        return all(not queue and partition in self._ended for partition, queue in self._queues.items())
-
-    def next(self, now: float) -> Cut | None:
-        """See `Cutter.next`. The last batches are cut once every partition has ended."""
-        cut = super().next(now)
-        if cut is None and not self._replay and self._over() and any(self._open.values()):
-            self._close()
-            cut = self._ready.popleft()
-        return cut
-
-    def exhausted(self) -> bool:
-        """See `Cutter.exhausted`."""
-        return not self._replay and self._over() and not self._ready and not any(self._open.values())

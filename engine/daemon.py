@@ -10,7 +10,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 import anyio
@@ -21,11 +21,11 @@ from anyio.abc import TaskGroup
 from engine.core import MAX_DEFERRED, Core
 from engine.cutter import Cut, Cutter, ReplayError
 from engine.errors import RestartError, UnreachableError
-from engine.handover import Handover
-from engine.keeper import Snapshot
+from engine.handover import Handover, happens
 from engine.metrics import Metrics
 from engine.reader import Chunk, Reader
 from engine.runner import Runner
+from engine.saver import Saver
 from engine.writer import Outgoing, Writer
 from streams.base import Positions, StreamUnavailableError
 from streams.seams import failpoint
@@ -76,17 +76,13 @@ class Daemon:
         self.state = "starting"
         self.started = time.monotonic()
         self.last_progress = time.monotonic()
-        self.saved_at: float | None = None
-        """When the last durable checkpoint was made; None before the first one of this process."""
-        self.checkpoint_every = checkpoint_every
+        self.saver = Saver(self, checkpoint_every)
         self._compute = CapacityLimiter(1)
         self._learning = CapacityLimiter(1)
         self._threads = CapacityLimiter(8)
         self._wake = anyio.Event()
         self._leaving = anyio.Event()
-        self._next_checkpoint = 0.0
         self._job: anyio.Event | None = None
-        self._saving: anyio.Event | None = None
         self._stopping = False
         self._drained = False
         self._tasks: TaskGroup | None = None
@@ -108,8 +104,8 @@ class Daemon:
             try:
                 if await self._open():
                     for reader in self.readers:
-                        tasks.start_soon(self._thread, reader.run, self.cutter.taken)
-                    tasks.start_soon(self._thread, self.writer.run)
+                        tasks.start_soon(self.in_thread, reader.run, self.cutter.taken)
+                    tasks.start_soon(self.in_thread, self.writer.run)
                     await self._serve()
                     await self._drain()
                 patience.cancel()
@@ -135,7 +131,18 @@ class Daemon:
         self._wake.set()
         self._leaving.set()
 
-    async def _thread(self, function: Callable[..., T], *args: Any) -> T:
+    def beside(self, function: Callable[..., Coroutine[Any, Any, object]], *args: Any) -> None:
+        """Run a coroutine function beside everything else; what it raises ends the daemon."""
+        assert self._tasks is not None
+        self._tasks.start_soon(function, *args)
+
+    @property
+    def leaving(self) -> bool:
+        """Whether the daemon has begun to drain."""
+        return self._leaving.is_set()
+
+    async def in_thread(self, function: Callable[..., T], *args: Any) -> T:
+        """Call a function that may block, on a thread of its own."""
         return await to_thread.run_sync(function, *args, limiter=self._threads)
 
     async def on_model(self, function: Callable[..., T], *args: Any) -> T:
@@ -151,17 +158,18 @@ class Daemon:
             answered: Positions = dict(self.writer.answered)
             for reader in self.readers:
                 await self._patiently(reader.open)
+                self.runner.keeper.check(reader.identities())
                 self.cutter.assigned(reader.partitions)
                 answered |= reader.committed
             self.writer.answered = answered
             # What a checkpoint covers is out, though the process may have ended before it was committed.
             self.writer.put(Outgoing(positions=dict(self.runner.positions)))
             if self.runner.keeper.saved_step is None:
-                await self._checkpoint(wait=True)
+                await self.saver.save(wait=True)
         except BaseException as error:
             with anyio.CancelScope(shield=True):
                 for close in (*(reader.close for reader in self.readers), self.writer.close):
-                    await self._thread(close)
+                    await self.in_thread(close)
             if self._stopping and isinstance(error, UnreachableError):
                 return False
             raise
@@ -171,7 +179,7 @@ class Daemon:
         deadline = time.monotonic() + START_SECONDS
         for attempt in range(1000):
             try:
-                await self._thread(action)
+                await self.in_thread(action)
                 self.state = "starting"
                 return
             except StreamUnavailableError as error:
@@ -188,12 +196,13 @@ class Daemon:
 
     def hand_over(self, chunk: Chunk) -> None:
         """Take in a chunk from a reader. Called on the event loop."""
-        if chunk.assigned:
-            self.cutter.assigned(chunk.assigned)
+        if chunk.placed:
             self.writer.answered = {**self.writer.answered, **chunk.committed}
-            self.handover.moved = True
+            self.handover.placed(chunk)
         if chunk.items:
             self.cutter.feed(chunk.items, time.monotonic())
+        if chunk.read:
+            self.cutter.read(chunk.read)
         if chunk.ended:
             self.cutter.ended(chunk.ended)
         self._wake.set()
@@ -220,8 +229,8 @@ class Daemon:
         if self._job is not None and self._job.is_set():
             await self._take_job()
             return True
-        if self._checkpoint_due() and self.core.job is None:
-            await self._checkpoint()
+        if self.saver.due and self.core.job is None:
+            await self.saver.save()
         if self._job is not None and self.core.deferred >= MAX_DEFERRED:
             self.state = "waiting for a background job"
             await self._job.wait()
@@ -241,6 +250,7 @@ class Daemon:
         return True
 
     def _next_cuts(self) -> list[Cut]:
+        self.handover.look()
         cuts: list[Cut] = []
         while len(cuts) < CUTS_PER_TURN:
             try:
@@ -264,7 +274,7 @@ class Daemon:
         self._wake = anyio.Event()
         self.state = "waiting for records"
         now = time.monotonic()
-        until = min(self.cutter.deadline(), max(self._next_checkpoint, now + 0.05), now + 1.0)
+        until = min(self.cutter.deadline(), max(self.saver.next, now + 0.05), now + 1.0)
         with anyio.move_on_after(max(0.0, until - now)):
             await self._wake.wait()
 
@@ -273,9 +283,8 @@ class Daemon:
     def _launch(self) -> None:
         """Start the core's job beside serving, unless the journal is to say when it ends."""
         if self.core.job is not None and self._job is None and not self.cutter.replaying:
-            assert self._tasks is not None
             self._job = anyio.Event()
-            self._tasks.start_soon(self._run_job, self._job)
+            self.beside(self._run_job, self._job)
 
     async def _run_job(self, done: anyio.Event) -> None:
         assert self.core.job is not None
@@ -289,8 +298,8 @@ class Daemon:
         """Take in the finished job, checkpoint if one is due, and start the next."""
         self._job = None
         await self.on_model(self.runner.done)
-        if self._checkpoint_due():
-            await self._checkpoint()
+        if self.saver.due:
+            await self.saver.save()
         await self.on_model(self.core.make_job)
         self._launch()
 
@@ -301,77 +310,34 @@ class Daemon:
             self._job = None
             await self.on_model(self.runner.done)
 
-    async def settle(self, take: Callable[[], Core] | None = None) -> None:
-        """Make a checkpoint, between two background jobs, and go on with the core that ``take`` then gives.
+    async def settle(self, deadline: float = math.inf, take: Callable[[], Core] | None = None) -> bool:
+        """Make a checkpoint, between two jobs and two batches; whether that was done by the (monotonic) deadline.
 
-        Called between two batches.
+        Once it is made, go on with the core that ``take`` gives, if there is one.
         """
         if self._drained:
-            return
+            return True
         self._launch()
+        for event in (self._job, self.saver.under_way):
+            if event is not None and not await happens(event, deadline):
+                return False
         await self._finish_job()
-        await self._checkpoint(wait=True)
+        await self.saver.save()
+        saving = self.saver.under_way
         if take is not None:
+            if saving is not None:
+                await saving.wait()
             self.core = self.runner.core = await self.on_model(take)
         await self.on_model(self.core.make_job)
         self._launch()
+        return saving is None or await happens(saving, deadline)
 
-    async def flush(self, limit: float = math.inf) -> None:
-        """Return once every answer so far is out, and at once where draining has seen to that.
-
-        Raises:
-            StreamUnavailableError: The writer ended before, or ``limit`` seconds have passed.
-        """
-        if not self._drained:
-            await self._thread(self.writer.wait_flushed, limit)
-
-    # -- checkpoints --------------------------------------------------------------------------------------------
-
-    def _checkpoint_due(self) -> bool:
-        changed = self.runner.keeper.sequence != self.runner.keeper.saved_step
-        return changed and time.monotonic() >= self._next_checkpoint
-
-    async def _checkpoint(self, *, wait: bool = False) -> None:
-        """Copy the state now and write it beside serving, once everything it covers has been answered.
-
-        Not in the middle of a replay: what is left of the journal belongs to the checkpoint that it began with.
-        """
-        if self.cutter.replaying:
-            return
-        if self._saving is not None:
-            if not wait:
-                return
-            await self._saving.wait()
-        self._next_checkpoint = time.monotonic() + self.checkpoint_every
-        if self.runner.keeper.sequence == self.runner.keeper.saved_step:
-            return
-        snapshot = await self.on_model(self.runner.snapshot)
-        self._saving = done = anyio.Event()
-        assert self._tasks is not None
-        self._tasks.start_soon(self._write, snapshot, done)
-        if wait:
-            await done.wait()
-
-    async def _write(self, snapshot: Snapshot, done: anyio.Event) -> None:
-        started = time.perf_counter()
-        serving = self.state != "starting"
-        try:
-            if serving:
-                await self._thread(self.writer.wait_flushed)
-            saved = await self._thread(self.runner.keeper.write, snapshot)
-        except Exception as error:
-            self.metrics.checkpoint_failed()
-            log.error("checkpoint_failed", step=snapshot.step, error=str(error))
-            if not serving or self._leaving.is_set():
-                raise
-        else:
-            self.saved_at = time.monotonic()
-            seconds = time.perf_counter() - started
-            self.metrics.checkpoint(saved.bytes, seconds)
-            log.info("checkpoint", step=saved.step, bytes=saved.bytes, seconds=round(seconds, 3))
-        finally:
-            self._saving = None
-            done.set()
+    async def flush(self, limit: float = math.inf) -> bool:
+        """Wait until every answer so far is out; whether ``limit`` seconds did. Raises as `Writer.wait_flushed`."""
+        with anyio.move_on_after(limit) as scope:
+            if not self._drained:
+                await to_thread.run_sync(self.writer.wait_flushed, abandon_on_cancel=True, limiter=self._threads)
+        return not scope.cancelled_caught
 
     # -- leaving ------------------------------------------------------------------------------------------------
 
@@ -385,10 +351,10 @@ class Daemon:
             await self._finish_job()
             if not self._stopping:
                 await self.on_model(self.runner.finish)
-            await self._checkpoint(wait=True)
+            await self.saver.save(wait=True)
             await self.flush()  # transactions are committed as a member of the group, which the readers leave
             self._drained = True
-        await self._thread(self.writer.stop)
+        await self.in_thread(self.writer.stop)
         for reader in self.readers:
             reader.stop()
         log.info("drained", seconds=round(time.monotonic() - started, 3), events=self.core.counts["events"])
@@ -404,8 +370,6 @@ class Daemon:
                 f"draining took more than {DRAIN_SECONDS:.0f} s{f', waiting for {waiting}' if waiting else ''};"
                 " the last checkpoint is good, start again"
             )
-
-    # -- what others may know -----------------------------------------------------------------------------------
 
     def export(self) -> None:
         """Bring the metrics that are read off the daemon up to date."""

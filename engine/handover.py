@@ -1,25 +1,30 @@
 """Partitions that come from other processes and go to them, while a daemon runs on streams that it shares.
 
-Learned state belongs to the process and stays; positions belong to whoever reads a partition now. So a partition that
-goes leaves checkpoints and committed offsets at what was answered here, and where the journal is about partitions that
-others read now, it is repeated no further.
+Learned state belongs to the process and stays; positions, and what waits for feedback, belong to whoever reads a
+partition now. While partitions change hands nothing is forgotten: one that is given back with nobody having worked on
+it meanwhile goes on as if it had never been away. What comes from others is begun anew, as an entry of the journal, and
+what went to others is forgotten by one. Where the journal is about partitions that others read now, it is repeated no
+further.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import time
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+import anyio
 import structlog
 
+from engine.holdings import Standing
+from engine.reader import Chunk
 from engine.writer import Outgoing
-from streams.base import Partition, Positions, StreamUnavailableError
+from streams.base import Partition
+from streams.journal import Kind, Run
 
 if TYPE_CHECKING:
     from engine.daemon import Daemon
-
-HANDOVER_SECONDS = 30.0
-"""Time that a last commit of partitions that go may take."""
 
 log = structlog.get_logger("adaptd")
 
@@ -37,23 +42,55 @@ class Handover:
     def __init__(self, daemon: Daemon) -> None:
         self._daemon = daemon
         self.moved = False
+        self._taken: set[Partition] = set()
+        self._rebuilding = False
 
-    async def take_stock(self) -> None:
-        """After partitions came: let go of positions, and of a replay, that are about those of others.
+    def placed(self, chunk: Chunk) -> None:
+        """Take in which partitions are ours now, and have the cutter say so before anything of them is cut."""
+        daemon = self._daemon
+        self.moved = True
+        known = {*list(daemon.runner.positions), *daemon.cutter.named()}
+        left = [Run(*p, 0, 0, 0) for p in sorted(self._theirs(known))]
+        if left:
+            daemon.cutter.move(Kind.LEFT, left)
+        if chunk.taken:
+            daemon.cutter.move(Kind.TAKEN, chunk.taken)
+            self._taken.update((run.stream, run.partition) for run in chunk.taken)
+        daemon.cutter.assigned(chunk.assigned, chunk.seen)
+        if chunk.seen:
+            self._rebuilding = True
+            records = sum(run.end - run.first for run in chunk.taken)
+            log.info("rebuilding_joins", partitions=len(chunk.seen), records=records)
 
-        To be called between two batches.
-        """
-        self.moved = False
-        readers, cutter, positions = self._daemon.readers, self._daemon.cutter, self._daemon.runner.positions
+    def _theirs(self, partitions: Iterable[Partition]) -> set[Partition]:
+        """Those of the partitions that are shared and not ours."""
+        readers = self._daemon.readers
         shared = {stream for reader in readers if reader.shared for stream in reader.streams}
         own = {partition for reader in readers for partition in reader.partitions}
-        awaited = cutter.awaited()
-        theirs = {p for p in (*positions, *awaited) if p[0] in shared and p not in own}
-        for partition in theirs:
-            positions.pop(partition, None)
-        if theirs & awaited:
-            names = ", ".join(f"{stream}-{number}" for stream, number in sorted(theirs & awaited))
-            await self.abandon_replay(f"others read {names} now")
+        return {p for p in partitions if p[0] in shared and p not in own}
+
+    @property
+    def rebuilding(self) -> tuple[int, int]:
+        """Partitions whose waiting joins are being made anew, and records that this still takes."""
+        until = dict(self._daemon.cutter.rebuilding)
+        positions = self._daemon.runner.positions
+        return len(until), sum(max(0, end - positions.get(partition, end)) for partition, end in until.items())
+
+    async def take_stock(self) -> None:
+        """After partitions came: let go of a replay that is about those of others. To be called between two batches."""
+        self.moved = False
+        awaited = self._daemon.cutter.awaited()
+        theirs = (self._theirs(awaited) | self._taken) & awaited
+        self._taken.clear()
+        if theirs:
+            names = ", ".join(f"{stream}-{number}" for stream, number in sorted(theirs))
+            await self.abandon_replay(f"others read {names} now, or have since")
+
+    def look(self) -> None:
+        """Say so once everything is rebuilt."""
+        if self._rebuilding and not self._daemon.cutter.rebuilding:
+            self._rebuilding = False
+            log.info("joins_rebuilt", waiting=self._daemon.core.joins.pending)
 
     async def abandon_replay(self, why: str) -> None:
         """Go on from here, where the rest of the journal cannot be repeated. To be called between two batches."""
@@ -63,52 +100,72 @@ class Handover:
         await daemon.on_model(keeper.journal.discard_after, keeper.sequence)
         await daemon.settle()
 
-    async def revoked(self, partitions: Sequence[Partition], lost: bool) -> Positions:
-        """Finish with partitions that go: what is cut of them is applied and answered, and in no checkpoint any more.
+    async def revoked(self, partitions: Sequence[Partition], lost: bool, within: float = math.inf) -> Standing | None:
+        """Finish with partitions that go: what is cut of them is applied, answered and in a checkpoint.
 
         Args:
             partitions: Which.
             lost: Whether others have them already, so that nothing may be committed.
+            within: Seconds there are for it.
 
         Returns:
-            Where each of them is to be read on; nothing where they are ``lost``.
+            Where each of them is to be read on; None where there was not the time for that, so that whoever reads them
+            next begins where they were committed last.
 
         Raises:
             StreamUnavailableError: The writer ended before everything was out.
         """
-        daemon = self._daemon
+        daemon, deadline = self._daemon, time.monotonic() + within
         if lost:
             daemon.writer.lose(partitions)
-        async with daemon.turn:
-            daemon.cutter.revoked(partitions)
-            if not lost and not await self._flushed():
-                lost = True
-                daemon.writer.lose(partitions)
-            gone = {p: daemon.runner.positions.pop(p) for p in partitions if p in daemon.runner.positions}
-            daemon.writer.put(Outgoing(gone=partitions, lost=lost))
-            daemon.metrics.revoked(partitions)
+        daemon.cutter.revoked(partitions)
+        standing = None
+        with anyio.move_on_after(within):
+            await daemon.turn.acquire()
+            try:
+                standing = await self._finish(partitions, lost, deadline)
+            finally:
+                daemon.turn.release()
+        daemon.metrics.revoked(partitions)
+        if standing is None:
+            log.error("partitions_given_up", partitions=len(partitions), seconds=round(within, 1))
+        else:
+            log.info("partitions_lost" if lost else "partitions_revoked", partitions=len(partitions))
+        return standing
+
+    async def _finish(self, partitions: Sequence[Partition], lost: bool, deadline: float) -> Standing | None:
+        daemon, runner = self._daemon, self._daemon.runner
+        moves = daemon.cutter.take_moves()
+        with anyio.CancelScope(shield=True):  # what has begun to change is changed to the end
+            if moves:
+                await daemon.on_model(runner.apply, moves)
+            if not lost and not await daemon.flush(deadline - time.monotonic()):
+                await self._given_up(partitions)
+                return None
+            positions = {p: runner.positions[p] for p in partitions if p in runner.positions}
+            taken = {p: runner.taken[p] for p in partitions if p in runner.taken}
+            waiting = daemon.core.joins.pending > 0 or daemon.core.joins.early > 0
+            committed = daemon.writer.transactional
+            standing = Standing(positions, taken, runner.floors.of(positions, waiting=waiting), committed)
+            await daemon.on_model(daemon.writer.put, Outgoing(gone=partitions, lost=lost))
             if daemon.cutter.awaited() & set(partitions):
                 await self.abandon_replay("its partitions were given to others")
-            else:
-                await daemon.settle()
-        log.info("partitions_lost" if lost else "partitions_revoked", partitions=len(partitions))
-        return {} if lost or daemon.writer.transactional else gone
+            elif not await daemon.settle(deadline):
+                log.warning("checkpoint_postponed", reason="there was no time for it before partitions had to go")
+        # Answers of a transaction that was lost are visible to nobody; where the partition comes back they are due.
+        return None if lost and committed else standing
 
-    async def _flushed(self) -> bool:
-        """Have everything answered so far written; False where transactions cannot be committed any more.
+    async def _given_up(self, partitions: Sequence[Partition]) -> None:
+        """Have no transaction hold answers of partitions for which there was no time; others will give them."""
+        writer = self._daemon.writer
+        if writer.transactional:
+            log.warning("partitions_not_committed", waiting_for=writer.waiting_for)
+            writer.lose(partitions)
+            await self._daemon.on_model(writer.put, Outgoing(gone=partitions, lost=True))
 
-        The group may have given the partitions away meanwhile. Then nothing of that is visible to anybody, and whoever
-        reads them now answers it.
 
-        Raises:
-            StreamUnavailableError: The writer ended before everything was out.
-        """
-        if not self._daemon.writer.transactional:
-            await self._daemon.flush()
-            return True
-        try:
-            await self._daemon.flush(HANDOVER_SECONDS)
-        except StreamUnavailableError as error:
-            log.warning("partitions_not_committed", error=str(error))
-            return False
-        return True
+async def happens(event: anyio.Event, deadline: float) -> bool:
+    """Wait for an event until the monotonic clock shows ``deadline``; whether it came."""
+    with anyio.move_on_after(deadline - time.monotonic()):
+        await event.wait()
+    return event.is_set()

@@ -27,7 +27,7 @@ from engine.checkpoint.store import CheckpointStore
 from engine.core import Core
 from engine.errors import StorageError
 from policies.interfaces import State, load_weights
-from streams.base import Positions
+from streams.base import Positions, StreamError
 from streams.journal import Entry, Journal, JournalUnavailableError
 from streams.seams import Clock, SystemClock, failpoint
 
@@ -80,6 +80,10 @@ class Keeper:
         self._failing_since: float | None = None
         self.sequence = 0
         self.saved_step: int | None = None
+        self.identities: dict[str, str] = {}
+        """What tells each stream from another of the same name."""
+        self.membership: Mapping[str, Any] = {}
+        """What the checkpoint that was restored says of partitions that moved."""
         self.fallbacks = 0
         """Checkpoints found bad and passed over by `restore`."""
 
@@ -109,6 +113,8 @@ class Keeper:
         self._apply(loaded, core)
         failpoint("restore.applied")
         self.sequence = self.saved_step = loaded.step
+        self.identities = dict(loaded.meta.get("identities", {}))
+        self.membership = loaded.meta.get("membership", {})
         entries = list(self.journal.read(loaded.step, after=loaded.step))
         self.journal.reopen(after=loaded.step)
         for path in self.journal.set_aside(loaded.step):
@@ -211,7 +217,23 @@ class Keeper:
                 f" lost. Look after the disk of {self.store.directory} and start again"
             )
 
-    def snapshot(self, core: Core, positions: Positions) -> Snapshot:
+    def check(self, identities: Mapping[str, str]) -> None:
+        """Compare streams as they were found with those that the state was made on, and remember them.
+
+        Raises:
+            StreamError: One was made anew meanwhile, so that positions mean nothing in it.
+        """
+        for name, identity in identities.items():
+            before = self.identities.get(name, identity)
+            if before != identity:
+                raise StreamError(
+                    f"{name} was made anew since the last checkpoint: it was {before} and is {identity} now, so the"
+                    " positions in the state mean other records. Bring the old one back, or start anew with --fresh,"
+                    " which keeps what is there in a folder aside-N"
+                )
+        self.identities.update(identities)
+
+    def snapshot(self, core: Core, positions: Positions, membership: Mapping[str, Any] | None = None) -> Snapshot:
         """Copy the state of this instant, which lies between two batches, and begin a new segment of the journal."""
         states: dict[str, State] = {
             "model": core.host.live.state_dict(),
@@ -233,6 +255,8 @@ class Keeper:
             "model_step": core.step,
             "alpha": core.alpha,
             "events": core.counts["events"],
+            "identities": dict(self.identities),
+            "membership": dict(membership or {}),
         }
         joins = core.joins.snapshot()
         parts["join.bin"] = joins.write

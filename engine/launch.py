@@ -23,10 +23,11 @@ from engine.checkpoint.disk import LocalDisk
 from engine.checkpoint.store import CheckpointStore
 from engine.collector import rare_collections
 from engine.core import Core
-from engine.cutter import ArrivalCutter, Cutter, TimeCutter
+from engine.cutter import ArrivalCutter, Cutter
 from engine.daemon import Daemon
 from engine.errors import PolicyFileError, StorageError
 from engine.factory import build_model
+from engine.floors import Floors
 from engine.host import choose_device
 from engine.keeper import Keeper, seed_generators
 from engine.methods import derive_seed
@@ -37,6 +38,7 @@ from engine.preflight import check
 from engine.reader import Reader
 from engine.reload import HIGH_BATCHES, Reloader
 from engine.runner import Runner
+from engine.timecutter import TimeCutter
 from engine.watchdog import Watchdog
 from engine.writer import Writer
 from streams.base import Positions, Source
@@ -158,14 +160,14 @@ def _daemon(
     readers: list[Reader] = []
     writer = _writer(loaded, metrics, readers, sources, keeper.store.directory)
     daemon = Daemon(
-        runner=Runner(core, keeper, writer, metrics, positions),
+        runner=Runner(core, keeper, writer, metrics, positions, _floors(policy, sources)),
         cutter=_cutter(policy, kinds, entries),
         readers=readers,
         writer=writer,
         metrics=metrics,
         checkpoint_every=policy.checkpoint.every,
     )
-    start = _start(positions, entries)
+    start, taken = _start(positions, daemon.runner.taken, entries)
     for source, carried in sources:
         reader = Reader(
             source,
@@ -175,6 +177,8 @@ def _daemon(
             hand_over=daemon.hand_over,
             revoked=daemon.handover.revoked,
             high=HIGH_BATCHES * policy.batching.max_size,
+            taken=taken,
+            patience=policy.streams.kafka.patience if policy.streams.kafka is not None else math.inf,
         )
         readers.append(reader)
     daemon.readers = readers
@@ -193,10 +197,10 @@ def _writer(
     assert streams is not None
     predictions, letters, transactions = build_delivery(loaded.policy, sources, loaded.resolve, state)
 
-    def flushed(reached: Positions) -> None:
+    def flushed(reached: Positions, floors: Positions) -> None:
         for reader in readers:
             own = {p: at for p, at in reached.items() if p in set(reader.partitions)}
-            reader.commit(own)
+            reader.commit(own, floors)
 
     return Writer(
         predictions,
@@ -215,16 +219,33 @@ def _cutter(policy: Policy, kinds: dict[str, Kind], entries: list[Entry]) -> Cut
     return ArrivalCutter(kinds, size, entries, max_delay=policy.batching.max_delay)
 
 
-def _start(positions: Positions, entries: list[Entry]) -> Positions:
+def _start(positions: Positions, taken: Positions, entries: list[Entry]) -> tuple[Positions, Positions]:
     """Where to read on: at the first record that the journal names; elsewhere at the checkpoint's positions.
 
     They differ for a partition that others had read between its last record in the checkpoint and the first after it.
+    The second value is, for partitions that came from others, the position up to which these had worked.
     """
-    start: Positions = {}
+    known, taken, start = dict(positions), dict(taken), Positions()
     for entry in entries:
         for run in entry.runs:
-            start.setdefault((run.stream, run.partition), run.first)
-    return positions | start
+            partition = run.stream, run.partition
+            if entry.kind is Kind.LEFT:
+                for of in (known, taken, start):
+                    of.pop(partition, None)
+                continue
+            start.setdefault(partition, run.first)
+            if entry.kind is Kind.TAKEN:
+                taken[partition] = run.end
+    return known | start, taken
+
+
+def _floors(policy: Policy, sources: Sequence[tuple[Source, dict[str, Kind]]]) -> Floors:
+    """What notes floors, where partitions may move and anything waits that must follow them."""
+    assert policy.streams is not None
+    kinds = {stream: kind for _, carried in sources for stream, kind in carried.items()}
+    shared = any(source.shared for source, _ in sources)
+    waits = shared and policy.streams.feedback is not None and policy.join.mode == "store"
+    return Floors(kinds, policy.join.window if waits else None)
 
 
 def run_policy(

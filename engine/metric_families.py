@@ -161,6 +161,7 @@ class Families:
         self.checkpointed.set_to_current_time()
         self.restarts = self._counter("restarts", "Times that the state was taken over from another process")
         self.replayed_batches = self._counter("replayed_batches", "Batches repeated from the journal")
+        self.rebuilding = self._gauge("rebuild_records", "Records still to read before waiting joins are complete")
         self.replaying = self._gauge("replaying_batches", "Batches still to repeat from the journal")
 
     def _declare_process(self) -> None:

@@ -185,6 +185,7 @@ class Metrics(Families):
         self._raise(self.restarts, keeper.store.epoch - 1)
         self._raise(self.checkpoint_fallbacks, keeper.fallbacks)
         self.replaying.set(daemon.cutter.replaying)
+        self.rebuilding.set(daemon.handover.rebuilding[1])
         fallen = kernels.fallbacks()
         for op in kernels.OPS:
             self.kernel_fallback.labels(op).set(op in fallen)

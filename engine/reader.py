@@ -7,20 +7,23 @@ on this thread.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import anyio
 import anyio.from_thread
 import structlog
 
 from engine.cutter import Bad, Item
+from engine.holdings import Holdings, Standing, seen_before
 from streams.base import Found, Partition, Positions, Record, Source, StreamUnavailableError
 from streams.codec import InputSpec, decode_events, decode_feedback
-from streams.journal import Kind
+from streams.journal import Kind, Run
 from streams.seams import failpoint
 
 POLL_RECORDS = 512
@@ -38,9 +41,17 @@ class Chunk:
     """Decoded items on their way to the engine, and partitions that are new or have ended."""
 
     items: list[Item] = field(default_factory=list)
+    placed: bool = False
+    """Whether partitions were given out anew; what is not in ``assigned`` then, and was ours, is ours no more."""
     assigned: Sequence[Partition] = ()
     committed: Positions = field(default_factory=dict)
     """Positions of the new partitions before which everything is answered."""
+    taken: Sequence[Run] = ()
+    """Those of them that do not go on from what we remember: where reading begins, and up to where others worked."""
+    seen: Positions = field(default_factory=dict)
+    """Positions of the new partitions before which everything was seen before and makes up what waits."""
+    read: Sequence[Partition] = ()
+    """Partitions of which everything seen before has been handed over."""
     ended: frozenset[Partition] = frozenset()
 
 
@@ -53,8 +64,11 @@ class Reader:
         spec: The form of the inputs in records.
         start: Positions to start from; partitions absent from it start where the source thinks best.
         hand_over: Takes a chunk, called on the event loop.
-        revoked: Called on the event loop when partitions go; returns once they are finished with.
+        revoked: Called on the event loop when partitions go, with the seconds there are for it; returns once they are
+            finished with, None where that could not be.
         high: Records of one stream that may wait before it is paused.
+        taken: Of the partitions in ``start`` that came from others, the position up to which these had worked.
+        patience: Seconds that finishing with partitions may take.
     """
 
     def __init__(
@@ -65,20 +79,24 @@ class Reader:
         start: Positions,
         *,
         hand_over: Callable[[Chunk], object],
-        revoked: Callable[[Sequence[Partition], bool], object],
+        revoked: Callable[[Sequence[Partition], bool, float], Coroutine[Any, Any, Standing | None]],
         high: int,
+        taken: Positions | None = None,
+        patience: float = math.inf,
     ) -> None:
         self._source = source
         self._kinds = kinds
         self._spec = spec
-        self._start = start
+        self._holdings = Holdings(start, taken or {})
+        self._patience = patience
+        self._rebuilding: Positions = {}
         self._hand_over = hand_over
         self._revoked = revoked
         self.high = high
         self._given = dict.fromkeys(source.streams, 0)
         self._paused: set[str] = set()
         self._announced: frozenset[Partition] = frozenset()
-        self._commits: deque[Positions] = deque(maxlen=1)
+        self._commits: deque[tuple[Positions, Positions]] = deque(maxlen=1)
         self._committing = threading.Lock()
         self._stop = threading.Event()
         self._room = threading.Event()
@@ -99,35 +117,39 @@ class Reader:
     def assigned(self, found: Mapping[Partition, Found]) -> Positions:
         """See `streams.base.Assignment.assigned`."""
         self.partitions = sorted({*self.partitions, *found})
+        committed = {p: at.committed for p, at in found.items() if at.committed is not None}
+        begins = {partition: self._holdings.begin(partition, at) for partition, at in found.items()}
+        self._holdings.settle()
+        seen = seen_before(begins)
+        self._rebuilding.update(seen)
         if self._running:
-            committed = {p: at.committed for p, at in found.items() if at.committed is not None}
-            anyio.from_thread.run_sync(self._hand_over, Chunk(assigned=tuple(found), committed=committed))
-        return {p: self._start[p] for p, at in found.items() if p in self._start and not at.theirs}
+            taken = [Run(*p, begin.start, begin.seen, 0) for p, begin in begins.items() if begin.anew and self.shared]
+            chunk = Chunk(placed=True, assigned=tuple(found), committed=committed, taken=taken, seen=seen)
+            anyio.from_thread.run_sync(self._hand_over, chunk)
+        return {p: begin.start for p, begin in begins.items() if p in seen or not begin.anew}
 
     def revoked(self, partitions: Sequence[Partition], *, lost: bool) -> None:
         """See `streams.base.Assignment.revoked`."""
         gone = set(partitions)
         self.partitions = [p for p in self.partitions if p not in gone]
-        positions = anyio.from_thread.run(self._call_revoked, list(partitions), lost)
+        standing = anyio.from_thread.run(self._revoked, list(partitions), lost, self._patience)
         with self._committing:
             if self._commits:
-                self._commits.append({p: at for p, at in self._commits.pop().items() if p not in gone})
+                positions, floors = self._commits.pop()
+                self._commits.append(({p: at for p, at in positions.items() if p not in gone}, floors))
         for partition in partitions:
-            self._start.pop(partition, None)
+            self._holdings.leave(partition, standing)
+            self._rebuilding.pop(partition, None)
             self.lag.pop(partition, None)
-        if not lost and positions:
-            self._source.commit(positions)
-
-    async def _call_revoked(self, partitions: Sequence[Partition], lost: bool) -> Positions:
-        result = self._revoked(partitions, lost)
-        return await result if hasattr(result, "__await__") else {}
+        if standing is not None and standing.done and not lost:
+            self._source.commit(standing.done, standing.floors)
 
     # -- the engine's requests, from any thread -----------------------------------------------------------------
 
-    def commit(self, positions: Positions) -> None:
-        """Have positions committed soon; a newer request replaces an older one."""
+    def commit(self, positions: Positions, floors: Positions | None = None) -> None:
+        """Have positions and their floors committed soon; a newer request replaces an older one."""
         with self._committing:
-            self._commits.append(positions)
+            self._commits.append((positions, floors or {}))
 
     def used(self) -> None:
         """Hear that records were used up, so that a paused stream may go on."""
@@ -147,6 +169,10 @@ class Reader:
     def streams(self) -> tuple[str, ...]:
         """Names of the streams that the source reads."""
         return self._source.streams
+
+    def identities(self) -> dict[str, str]:
+        """See `streams.base.Source.identities`."""
+        return self._source.identities()
 
     @property
     def shared(self) -> bool:
@@ -177,6 +203,8 @@ class Reader:
                 if records:
                     failpoint("reader.polled")
                     self._give(records)
+                if self._rebuilding:
+                    self._announce_read()
                 self._announce_end()
                 if self._announced and len(self._announced) == len(self.partitions):
                     self._stop.wait(POLL_SECONDS)  # with nothing left, no poll waits
@@ -242,6 +270,14 @@ class Reader:
         anyio.from_thread.run_sync(self._hand_over, Chunk(items))
         failpoint("reader.handed")
 
+    def _announce_read(self) -> None:
+        """Tell of partitions of which everything seen before has been given, be it followed by no record."""
+        read = [p for p, until in self._rebuilding.items() if (self._source.position(p) or 0) >= until]
+        for partition in read:
+            del self._rebuilding[partition]
+        if read:
+            anyio.from_thread.run_sync(self._hand_over, Chunk(read=read))
+
     def _announce_end(self) -> None:
         ended = self._source.ended()
         if ended != self._announced:
@@ -251,8 +287,10 @@ class Reader:
     def _commit(self) -> None:
         if self._commits:
             failpoint("reader.commit")
+            positions, floors = self._commits.pop()
+            own = set(self.partitions)  # what was given up may still be on its way
             try:
-                self._source.commit(self._commits.pop())
+                self._source.commit({p: at for p, at in positions.items() if p in own}, floors)
             except StreamUnavailableError:
                 return  # advisory: the next one covers it
             failpoint("reader.committed")

@@ -175,7 +175,7 @@ class Reloader:
             async with daemon.turn:
                 if not daemon.state.startswith("starting") and not daemon.cutter.replaying:
                     self._refusal = StorageError("the daemon is stopping; the next start reads the new policy")
-                    await daemon.settle(lambda: self._take(core, found))
+                    await daemon.settle(take=lambda: self._take(core, found))
                     break
             await anyio.sleep(POLL_SECONDS / 4)
         taken = daemon.core is core
@@ -203,7 +203,7 @@ class Reloader:
     def _put_in_force(self, found: LoadedPolicy) -> None:
         """Change what reads the policy outside the core."""
         daemon, policy = self._daemon, found.policy
-        daemon.checkpoint_every = policy.checkpoint.every
+        daemon.saver.every = policy.checkpoint.every
         daemon.runner.keeper.store.keep = policy.checkpoint.keep
         daemon.cutter.resize(policy.batching.max_size, policy.batching.max_delay)
         for reader in daemon.readers:

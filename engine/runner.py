@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from typing import cast
 
 import structlog
 
-from engine.core import Core
-from engine.cutter import Bad, Cut, split
+from engine.core import Answers, Core
+from engine.cutter import MOVES, Bad, Cut, split
+from engine.floors import Floors
 from engine.keeper import Keeper, Snapshot
 from engine.metrics import Metrics
 from engine.writer import Outgoing, Writer
-from streams.base import Positions
+from streams.base import Partition, Positions
 from streams.codec import Event, Feedback
 from streams.journal import Entry, Kind
 from streams.seams import failpoint
@@ -31,10 +33,20 @@ class Runner:
         positions: The next offset to read of every partition, for what has been applied.
         batches: Cuts applied by this process.
         replayed: Of these, cuts repeated from the journal.
+        taken: Of the partitions that came from others, the position up to which these had worked.
+        floors: From where whoever comes next can make what waits of each partition.
         dead_letters: Records in them that could not be decoded.
     """
 
-    def __init__(self, core: Core, keeper: Keeper, writer: Writer, metrics: Metrics, positions: Positions) -> None:
+    def __init__(
+        self,
+        core: Core,
+        keeper: Keeper,
+        writer: Writer,
+        metrics: Metrics,
+        positions: Positions,
+        floors: Floors | None = None,
+    ) -> None:
         self.core = core
         self.keeper = keeper
         self.writer = writer
@@ -44,6 +56,9 @@ class Runner:
         self.replayed = 0
         self.dead_letters = 0
         self._quiet_until = 0.0
+        self.taken = {(stream, number): at for stream, number, at in keeper.membership.get("taken", [])}
+        self.floors = floors or Floors({}, None)
+        self.floors.load_state_dict(keeper.membership.get("marks", []))
 
     def apply(self, cuts: Sequence[Cut]) -> None:
         """Apply cuts; each is in the journal before anything changes."""
@@ -54,9 +69,11 @@ class Runner:
                 self._done_again()
             elif cut.kind is Kind.TICK:
                 self.core.finish()
+            elif cut.kind in MOVES:
+                self._move(cut)
             else:
                 self._batch(cut)
-            self.positions.update(cut.positions())
+                self.positions.update(cut.positions())
             self.batches += 1
         self._report()
 
@@ -92,28 +109,65 @@ class Runner:
     def _batch(self, cut: Cut) -> None:
         good, bad = split(cut.items)
         self._dead(bad)
-        positions = cut.positions()
         if cut.kind is Kind.DATA and good:
-            self._answer(cast("list[Event]", good), bad, positions)  # a stream carries one kind
+            self._answer(cut, cast("list[Event]", good), bad)  # a stream carries one kind
             return
-        if good:
+        if cut.kind is Kind.SEEN_DATA and good:
+            self.core.seen(cast("list[Event]", good))
+        elif cut.kind is Kind.SEEN_FEEDBACK and good:
+            self.core.seen_feedback(cast("list[Feedback]", good))
+        elif good:
             started = time.perf_counter()
             self.core.feedback(cast("list[Feedback]", good))
             failpoint("feedback.joined")
             self.metrics.feedback(good, time.perf_counter() - started)
-        self.writer.put(Outgoing(bad=bad, positions=positions))
+        self._mark(cut)
+        if cut.kind is Kind.DATA or cut.kind is Kind.FEEDBACK:  # what was seen before is out and committed
+            self.writer.put(self._outgoing(cut, bad))
 
-    def _answer(self, events: list[Event], bad: Sequence[Bad], positions: Positions) -> None:
+    def _answer(self, cut: Cut, events: list[Event], bad: Sequence[Bad]) -> None:
         started = time.perf_counter()
         answers = self.core.answer(events)
         answered = time.perf_counter()
         failpoint("answered")
-        self.writer.put(Outgoing(answers, bad, positions))
+        self._mark(cut)
+        self.writer.put(self._outgoing(cut, bad, answers))
         put = time.perf_counter()
         failpoint("answers.put")
         self.core.follow()
         failpoint("followed")
         self.metrics.batch(events, answered - started, time.perf_counter() - put)
+
+    def _outgoing(self, cut: Cut, bad: Sequence[Bad], answers: Answers | None = None) -> Outgoing:
+        positions = cut.positions()
+        waiting = answers is not None or self.core.joins.pending > 0 or self.core.joins.early > 0
+        return Outgoing(answers, bad, positions, floors=self.floors.of(positions, waiting=waiting))
+
+    def _mark(self, cut: Cut) -> None:
+        """Note where the records of a cut lie in time."""
+        if not self.floors.kept:
+            return
+        at = 0
+        for run in cut.runs:
+            newest = max([item.time for item in cut.items[at : at + run.count]])
+            at += run.count
+            if newest > -math.inf:  # a record that could not be decoded has no time, and nothing waits of it
+                self.floors.mark((run.stream, run.partition), run.first, newest, self.core.now)
+
+    def _move(self, cut: Cut) -> None:
+        """Forget what waits of partitions that went, or that came and are made anew."""
+        partitions: list[Partition] = [(run.stream, run.partition) for run in cut.runs]
+        data, feedback = (
+            {number for stream, number in partitions if self.floors.carries(stream) is kind}
+            for kind in (Kind.DATA, Kind.FEEDBACK)
+        )
+        self.core.moved(data, feedback)
+        self.floors.forget(partitions)
+        for partition, run in zip(partitions, cut.runs, strict=True):
+            self.positions.pop(partition, None)
+            self.taken.pop(partition, None)
+            if cut.kind is Kind.TAKEN:
+                self.positions[partition], self.taken[partition] = run.first, run.end
 
     def _done_again(self) -> None:
         """Repeat a background job where the journal says that it was taken in; another policy may have made none."""
@@ -138,4 +192,6 @@ class Runner:
 
     def snapshot(self) -> Snapshot:
         """Copy the state of this instant. No background job may be under way."""
-        return self.keeper.snapshot(self.core, self.positions)
+        taken = [[*partition, at] for partition, at in sorted(self.taken.items())]
+        membership = {"taken": taken, "marks": self.floors.state_dict()}
+        return self.keeper.snapshot(self.core, self.positions, membership)

@@ -16,6 +16,9 @@ def waiting_for(daemon: Daemon) -> str:
     for reader in daemon.readers:
         if reader.trouble:
             return reader.trouble
+    partitions, records = daemon.handover.rebuilding
+    if partitions:
+        return f"rebuilding joins of {partitions} partitions, {records} records left"
     paused = [stream for reader in daemon.readers for stream in reader.paused]
     if paused:
         return f"paused until the backlog is worked off: {', '.join(paused)}"
@@ -25,7 +28,7 @@ def waiting_for(daemon: Daemon) -> str:
 def status(daemon: Daemon) -> dict[str, Any]:
     """What the daemon is doing, as JSON values. Called on the event loop."""
     core, now = daemon.core, time.monotonic()
-    age = None if daemon.saved_at is None else round(now - daemon.saved_at, 1)
+    age = None if daemon.saver.saved_at is None else round(now - daemon.saver.saved_at, 1)
     return {
         "state": daemon.state,
         "waiting_for": waiting_for(daemon),
@@ -41,6 +44,7 @@ def status(daemon: Daemon) -> dict[str, Any]:
         "partitions": [f"{s}-{n}" for reader in daemon.readers for s, n in reader.partitions],
         "positions": {f"{s}-{n}": at for (s, n), at in sorted(dict(daemon.runner.positions).items())},
         "lag": {f"{s}-{n}": lag for reader in daemon.readers for (s, n), lag in sorted(dict(reader.lag).items())},
+        "rebuilding": dict(zip(("partitions", "records"), daemon.handover.rebuilding, strict=True)),
         "replaying": daemon.cutter.replaying,
         "replayed": daemon.runner.replayed,
         "checkpoint": {"step": daemon.runner.keeper.saved_step, "age_seconds": age},

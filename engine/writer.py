@@ -75,7 +75,8 @@ class Writer:
         predictions: Where answers go.
         dead_letters: Where records that cannot be decoded go; without it they are counted and dropped.
         form: The form of answers.
-        flushed: Called on the writer's thread with positions that are safe to commit; not with transactions.
+        flushed: Called on the writer's thread with positions that are safe to commit, and their floors; not with
+            transactions.
         metrics: Where to count.
         transactions: What commits positions together with what is written; without it each is written by itself.
 
@@ -91,7 +92,7 @@ class Writer:
         dead_letters: Sink | None,
         *,
         form: Form,
-        flushed: Callable[[Positions], object],
+        flushed: Callable[[Positions, Positions], object],
         metrics: Metrics,
         transactions: Transactions | None = None,
     ) -> None:
@@ -102,6 +103,7 @@ class Writer:
         self._metrics = metrics
         self._queue: queue.Queue[Outgoing | None] = queue.Queue(QUEUE_BATCHES)
         self._positions: Positions = {}
+        self._floors: Positions = {}
         self._dirty = False
         self._abort = threading.Event()
         self._sinks = [sink for sink in (predictions, dead_letters) if sink is not None]
@@ -234,6 +236,7 @@ class Writer:
     def _reach(self, item: Outgoing) -> None:
         if self._outbox is None:
             self._positions.update(item.positions)
+            self._floors.update(item.floors or {})
         else:
             answered = self.answered
             ahead = {p: at for p, at in item.positions.items() if at > answered.get(p, 0)}
@@ -242,6 +245,7 @@ class Writer:
     def _forget(self, item: Outgoing) -> None:
         for partition in item.gone:
             self._positions.pop(partition, None)
+            self._floors.pop(partition, None)
         if self._outbox is not None:
             self._outbox.forget(item.gone)
             if item.lost:
@@ -313,7 +317,8 @@ class Writer:
         self._dirty = False
         failpoint("writer.flushed")
         answered = self.answered  # what is repeated from the journal must not take committed offsets back
-        self._flushed({p: at for p, at in self._positions.items() if at > answered.get(p, 0)})
+        ahead = {p: at for p, at in self._positions.items() if at > answered.get(p, 0)}
+        self._flushed(ahead, {p: at for p, at in self._floors.items() if p in ahead})
         failpoint("writer.passed")
 
     def _retry(self, name: str, action: Callable[[], None]) -> None:

@@ -68,7 +68,10 @@ class Assignment(Protocol):
     """What a source asks and tells while partitions come and go. Called on the thread that polls."""
 
     def assigned(self, found: Mapping[Partition, Found]) -> Positions:
-        """Return where to start; an absent partition starts where it was committed, else at its beginning."""
+        """Return where to start; an absent partition starts where it was committed, else at its beginning.
+
+        Where partitions are shared this ends every change of hands, also one that leaves us none (``found`` is empty).
+        """
         ...
 
     def revoked(self, partitions: Sequence[Partition], *, lost: bool) -> None:

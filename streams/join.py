@@ -25,6 +25,7 @@ from streams.join_format import (
     unpack_entries,
     unpack_settled,
 )
+from streams.join_moves import Moves
 from streams.join_settled import How, Settled
 from streams.join_size import event_bytes, events_bytes, text_bytes
 from streams.join_snapshot import JoinSnapshot
@@ -43,6 +44,7 @@ KINDS = (
     "evicted",
     "redelivered",
     "spill_failed",
+    "moved",
 )
 _EARLY_BYTES = 320
 _SHARE = 8  # early feedback and settled ids may take an eighth of the memory each
@@ -52,14 +54,15 @@ _CHUNK_BYTES = 1 << 20  # what one move to disk takes: some milliseconds
 _Bytes = bytes  # the store has a property of that name
 
 
-class JoinStore:
+class JoinStore(Moves):
     """Waiting events and early feedback, bounded in event time and bytes. Used by one thread.
 
     An event waits until the watermark has passed its time by more than ``window``. Every feedback ends as exactly one
     of: ``joined``; ``duplicate`` (the id is joined already, or other feedback waits for it); ``late`` (more than
     ``window`` after its event, or its event expired or was evicted); ``orphan`` (its event had not come when the
     watermark had passed the feedback by more than ``window``); ``overflow`` (it came before its event and too much
-    such feedback waited). ``early`` counts feedback that came before its event, however it ends.
+    such feedback waited). ``early`` counts feedback that came before its event, however it ends, and ``moved`` what
+    waited of a partition that went to another process.
 
     Memory holds the events that came last; older ones lie in a SQLite file, and what exceeds that is evicted, oldest
     first. Early feedback and the ids remembered to tell duplicates and late feedback take an eighth of the memory
@@ -150,16 +153,14 @@ class JoinStore:
             and self._waiting.keys().isdisjoint(names)
             and self._settled.how.keys().isdisjoint(names)
             and self._early.keys().isdisjoint(names)
-            and not (self._spill is not None and self._spill.count and self._spill.holds(list(names)))
+            and not self._on_disk(items)
             and min([item[2] for item in items], default=self._limit) >= self._limit
         )
 
     def _sort(self, items: Sequence[Waiting], joined: list[Joined]) -> list[Waiting]:
         """Settle events one by one; return those that wait from now on."""
         kept: list[Waiting] = []
-        on_disk: set[str] = set()
-        if self._spill is not None and self._spill.count:
-            on_disk = self._spill.holds([item[0] for item in items])
+        on_disk = self._on_disk(items)
         waiting, settled, limit = self._waiting, self._settled.how, self._limit
         for item in items:
             name = item[0]
@@ -182,16 +183,16 @@ class JoinStore:
 
     def _meet(self, item: Waiting, joined: list[Joined]) -> bool:
         """Join an event with the feedback that came before it; say whether that is the end of it."""
-        label, reward, time = self._pop_early(item.id)
+        label, reward, time, _, seen = self._pop_early(item.id)
         if time < self._limit:
-            self.counts["orphan"] += 1
+            self.counts["orphan"] += not seen
             return False
         if time - item.time > self._window:
             self.counts["late"] += 1
             return False
         self.counts["joined"] += 1
         self._settled.add(item.id, How.JOINED)
-        joined.append(Joined(*item, label, reward, time))
+        joined.append(Joined(*item[:6], label, reward, time))
         return True
 
     def _pop_early(self, name: str) -> Early:
@@ -236,7 +237,7 @@ class JoinStore:
                     self._waiting_bytes -= event_bytes(name, self._waiting.pop(name))
                 self._settled.add(name, How.JOINED)
                 inputs = fields[0] if item.inputs is None else item.inputs
-                joined.append(Joined(name, inputs, *fields[1:], item.label, item.reward, item.time))
+                joined.append(Joined(name, inputs, *fields[1:5], item.label, item.reward, item.time))
         if removed and self._spill is not None:
             self._spill.remove(removed)
         self.counts["joined"] += len(joined)
@@ -250,10 +251,9 @@ class JoinStore:
     def _unmatched(self, item: FeedbackLike, joined: list[Joined]) -> None:
         """Settle, or keep, feedback whose event does not wait."""
         name = item.id
-        how = self._settled.how.get(name)
         if name in self._early and self._early[name][2] < self._limit:
-            self._pop_early(name)
-            self.counts["orphan"] += 1
+            self._lose_early(name, "orphan")
+        how = self._settled.how.get(name)
         if how is not None:
             self.counts["late" if how is How.GONE else "duplicate"] += 1
         elif name in self._early:
@@ -265,8 +265,15 @@ class JoinStore:
             self.counts["orphan"] += 1
         else:
             self.counts["early"] += 1
-            self._early[name] = (item.label, item.reward, item.time)
-            self._early_bytes += _EARLY_BYTES + text_bytes(name)
+            self._keep_early(item, seen=False)
+
+    def _keep_early(self, item: FeedbackLike, *, seen: bool) -> None:
+        self._early[item.id] = (item.label, item.reward, item.time, item.record.partition, seen)
+        self._early_bytes += _EARLY_BYTES + text_bytes(item.id)
+
+    def _lose_early(self, name: str, kind: str) -> None:
+        """Let go of early feedback; what somebody else had before has been counted there."""
+        self.counts[kind] += not self._pop_early(name)[4]
 
     def _advance(self, watermark: float) -> None:
         if not watermark > self._watermark:
@@ -283,9 +290,8 @@ class JoinStore:
         for name in [name for name, fields in self._waiting.items() if fields[1] < limit]:
             self._waiting_bytes -= event_bytes(name, self._waiting.pop(name))
             self._expire(name)
-        for name in [name for name, feedback in self._early.items() if feedback[2] < limit]:
-            self._pop_early(name)
-            self.counts["orphan"] += 1
+        for name in [name for name, early in self._early.items() if early[2] < limit]:
+            self._lose_early(name, "orphan")
         self._settled.sweep(watermark, self._window)
 
     def _keep_bounds(self) -> None:
@@ -293,8 +299,7 @@ class JoinStore:
         share = self._max_bytes // _SHARE
         while self._early_bytes > share:
             for name in list(islice(self._early, 1 + len(self._early) // 16)):
-                self._pop_early(name)
-                self.counts["overflow"] += 1
+                self._lose_early(name, "overflow")
         self._settled.shrink(share)
         while self._waiting and self.bytes > self._max_bytes:
             self._make_room(self.bytes - self._max_bytes + min(_CHUNK_BYTES, self._max_bytes // 16))

@@ -10,12 +10,14 @@ S     the scalars: one JSON object (floats as hexadecimal text, so they come bac
 R     settled ids, oldest first: per item how it ended (u8), id
 D     events that wait on disk, oldest first: entries
 W     events that wait in memory, oldest first: entries
-F     early feedback, oldest first: per item label (i64), reward (f64), time (f64), presence bits (u8), id
+F     early feedback, oldest first: per item label (i64), reward (f64), time (f64), partition (i32), bits (u8: a
+      label is there, a reward is there, seen before), id
 E     the end: how many frames came before (u64)
 ====  ===================================================================================================
 
 An entry is time (f64), predicted class (i64), step (i64), group length (i32, -1 for none), id length (u32),
-inputs length (u32), then id, group and inputs. Text is UTF-8 with a u32 length in front where none is given above.
+inputs length (u32), partition (i32), then id, group and inputs. Text is UTF-8 with a u32 length in front where none is
+given above. What an older version wrote (``adaptd-join-1``) is read too; it names no partitions, which are -1 then.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ import struct
 import zlib
 from collections.abc import Iterable, Iterator
 from typing import BinaryIO, NamedTuple, Protocol
+
+from streams.base import Record
 
 __all__ = ["FeedbackLike", "JoinError", "Joined", "Waiting"]
 
@@ -43,7 +47,9 @@ class Waiting(NamedTuple):
     predicted: int
     """The class that was answered."""
     step: int
-    """The model step that answered."""
+    """The model step that answered; -1 where somebody else did."""
+    partition: int = 0
+    """Number of the partition that it came from."""
 
 
 class Joined(NamedTuple):
@@ -92,18 +98,26 @@ class FeedbackLike(Protocol):
         """The inputs of the event, where the feedback carries them itself."""
         ...
 
+    @property
+    def record(self) -> Record:
+        """What it was decoded from."""
+        ...
 
-Fields = tuple[bytes, float, str | None, int, int]
-"""A waiting event without its id: inputs, time, group, predicted, step."""
 
-Early = tuple[int | None, float | None, float]
-"""Feedback without its id: label, reward, time."""
+Fields = tuple[bytes, float, str | None, int, int, int]
+"""A waiting event without its id: inputs, time, group, predicted, step, partition."""
 
-MAGIC = b"adaptd-join-1\n"
+Early = tuple[int | None, float | None, float, int, bool]
+"""Feedback without its id: label, reward, time, partition, and whether somebody else had it before and counted it."""
+
+MAGIC = b"adaptd-join-2\n"
+_MAGIC_1 = b"adaptd-join-1\n"
 FRAME_BYTES = 1 << 20  # payloads are cut here: few system calls, and little memory on top of the state itself
 _HEADER = struct.Struct("<cIII")
-_ENTRY = struct.Struct("<dqqiII")
-_EARLY = struct.Struct("<qddBI")
+_ENTRY = struct.Struct("<dqqiIIi")
+_ENTRY_1 = struct.Struct("<dqqiII")
+_EARLY = struct.Struct("<qddiBI")
+_EARLY_1 = struct.Struct("<qddBI")
 _SETTLED = struct.Struct("<BI")
 _END = struct.Struct("<Q")
 
@@ -115,12 +129,31 @@ def encode_id(text: str) -> bytes:
 
 def pack_entry(id: str, fields: Fields) -> bytes:  # noqa: A002 - the field's own word
     """Return one waiting event in binary form."""
-    inputs, time, group, predicted, step = fields
+    inputs, time, group, predicted, step, partition = fields
     name = encode_id(id)
     if group is None:
-        return _ENTRY.pack(time, predicted, step, -1, len(name), len(inputs)) + name + inputs
+        return _ENTRY.pack(time, predicted, step, -1, len(name), len(inputs), partition) + name + inputs
     label = encode_id(group)
-    return _ENTRY.pack(time, predicted, step, len(label), len(name), len(inputs)) + name + label + inputs
+    return _ENTRY.pack(time, predicted, step, len(label), len(name), len(inputs), partition) + name + label + inputs
+
+
+def upgrade(kind: bytes, payload: bytes) -> bytes:
+    """Return a payload that version 1 wrote as this one does; its partitions are -1."""
+    parts: list[bytes] = []
+    at = 0
+    if kind in (b"D", b"W"):
+        while at < len(payload):
+            fields = _ENTRY_1.unpack_from(payload, at)
+            rest = at + _ENTRY_1.size
+            at = rest + max(fields[3], 0) + fields[4] + fields[5]
+            parts += (_ENTRY.pack(*fields, -1), payload[rest:at])
+    elif kind == b"F":
+        while at < len(payload):
+            label, reward, time, bits, size = _EARLY_1.unpack_from(payload, at)
+            rest = at + _EARLY_1.size
+            at = rest + size
+            parts += (_EARLY.pack(label, reward, time, -1, bits, size), payload[rest:at])
+    return b"".join(parts) if parts else payload
 
 
 def unpack_entries(payload: bytes) -> Iterator[tuple[str, Fields]]:
@@ -131,7 +164,7 @@ def unpack_entries(payload: bytes) -> Iterator[tuple[str, Fields]]:
     """
     at, size = 0, len(payload)
     while at < size:
-        time, predicted, step, group_size, id_size, input_size = _ENTRY.unpack_from(payload, at)
+        time, predicted, step, group_size, id_size, input_size, partition = _ENTRY.unpack_from(payload, at)
         middle = at + _ENTRY.size + id_size
         name = payload[at + _ENTRY.size : middle].decode("utf-8", "surrogatepass")
         group = None
@@ -141,25 +174,25 @@ def unpack_entries(payload: bytes) -> Iterator[tuple[str, Fields]]:
         at = middle + input_size
         if at > size:
             raise JoinError("the saved joins are damaged: an event is longer than the frame it is in")
-        yield name, (payload[middle:at], time, group, predicted, step)
+        yield name, (payload[middle:at], time, group, predicted, step, partition)
 
 
 def pack_early(id: str, feedback: Early) -> bytes:  # noqa: A002
     """Return one early feedback in binary form."""
-    label, reward, time = feedback
+    label, reward, time, partition, seen = feedback
     name = encode_id(id)
-    present = (label is not None) | (reward is not None) << 1
-    return _EARLY.pack(label or 0, 0.0 if reward is None else reward, time, present, len(name)) + name
+    bits = (label is not None) | (reward is not None) << 1 | seen << 2
+    return _EARLY.pack(label or 0, 0.0 if reward is None else reward, time, partition, bits, len(name)) + name
 
 
 def unpack_early(payload: bytes) -> Iterator[tuple[str, Early]]:
     """Yield id and feedback of every early feedback in a payload."""
     at = 0
     while at < len(payload):
-        label, reward, time, present, size = _EARLY.unpack_from(payload, at)
+        label, reward, time, partition, bits, size = _EARLY.unpack_from(payload, at)
         at += _EARLY.size + size
         name = payload[at - size : at].decode("utf-8", "surrogatepass")
-        yield name, (label if present & 1 else None, reward if present & 2 else None, time)
+        yield name, (label if bits & 1 else None, reward if bits & 2 else None, time, partition, bool(bits & 4))
 
 
 def pack_settled(id: str, how: int) -> bytes:  # noqa: A002
@@ -213,14 +246,15 @@ def read_frames(file: BinaryIO) -> Iterator[tuple[bytes, bytes]]:
     Raises:
         JoinError: The file is cut short, damaged, of another format, or goes on after its end.
     """
-    if file.read(len(MAGIC)) != MAGIC:
+    magic = file.read(len(MAGIC))
+    if magic not in (MAGIC, _MAGIC_1):
         raise JoinError("the saved joins do not begin as this version writes them; load an older checkpoint")
     count, at = 0, len(MAGIC)
     while True:
         kind, payload = _read_frame(file, at)
         if kind == b"E":
             break
-        yield kind, payload
+        yield kind, payload if magic == MAGIC else upgrade(kind, payload)
         at += _HEADER.size + len(payload)
         count += 1
     if payload != _END.pack(count) or file.read(1):

@@ -19,11 +19,14 @@ FILE_NAME = "joins.sqlite"
 _PAGE = 16384  # five rows of 3 KB a page: little waste, and a removal rewrites little
 _LOCAL = _PAGE - 35  # the largest row that SQLite keeps inside a page
 _LOCAL_LEAST = (_PAGE - 12) * 32 // 255 - 23  # what it keeps there of a larger one
-_ROW = 34  # header and number columns of a row, cell pointer
+_ROW = 36  # header and number columns of a row, cell pointer
 _CACHE_KIB = 4096
 _WAL_PAGES = 256
 _SCHEMA = """
-CREATE TABLE waiting (seq INTEGER PRIMARY KEY, id BLOB NOT NULL, time REAL, cost INTEGER NOT NULL, entry BLOB NOT NULL);
+CREATE TABLE waiting (
+    seq INTEGER PRIMARY KEY, id BLOB NOT NULL, time REAL, cost INTEGER NOT NULL, part INTEGER NOT NULL,
+    entry BLOB NOT NULL
+);
 CREATE UNIQUE INDEX by_id ON waiting (id);
 CREATE INDEX by_time ON waiting (time);
 """
@@ -104,12 +107,12 @@ class Spill:
         for name, fields in entries:
             entry, key = pack_entry(name, fields), encode_id(name)
             cost = row_bytes(len(key), len(entry))
-            rows.append((seq, key, fields[1], cost, entry))
+            rows.append((seq, key, fields[1], cost, fields[5], entry))
             total += cost
             seq += 1
         try:
             with _Transaction(self._connection):
-                self._connection.executemany("INSERT INTO waiting VALUES (?, ?, ?, ?, ?)", rows)
+                self._connection.executemany("INSERT INTO waiting VALUES (?, ?, ?, ?, ?, ?)", rows)
         except sqlite3.Error as error:
             raise self._failed("kept", error) from error
         self.count += len(rows)
@@ -156,6 +159,10 @@ class Spill:
     def take_oldest(self, size: int) -> Iterator[str]:
         """Remove what came first until at least ``size`` bytes are free, and yield the ids."""
         yield from self._take("WHERE seq > ? ORDER BY seq", 0, size)
+
+    def take_partition(self, number: int) -> Iterator[str]:
+        """Remove what came from a partition, and yield the ids, oldest first. Reads the whole file."""
+        yield from self._take("WHERE part = ? ORDER BY seq", number, self.bytes)
 
     def _take(self, where: str, value: float, size: int) -> Iterator[str]:
         select = f"SELECT seq, cost, id FROM waiting {where} LIMIT 512"  # noqa: S608 - two constants

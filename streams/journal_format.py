@@ -48,6 +48,14 @@ class Kind(IntEnum):
     """Another policy was put in place."""
     TICK = 5
     """Time went on without records."""
+    SEEN_DATA = 6
+    """Data records that somebody else has answered were taken in, so that their feedback finds them."""
+    SEEN_FEEDBACK = 7
+    """Feedback records that somebody else has learned from were taken in, so that nothing waits for them."""
+    TAKEN = 8
+    """Partitions came. Their runs have no records: what lies between first and end was seen before."""
+    LEFT = 9
+    """Partitions went to somebody else, and with them what waited of them. Their runs have no records."""
 
 
 class Run(NamedTuple):

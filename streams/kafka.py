@@ -16,6 +16,7 @@ from streams.base import Assignment, Found, Partition, Positions, Record, Stream
 from streams.kafka_client import as_stream_error, connect, describe, explain, unreachable
 from streams.kafka_commits import Commits
 from streams.kafka_fetch import free_slot, gone, records
+from streams.kafka_note import read_note
 from streams.kafka_rebalance import HandoverError, HandoverListener, check_together
 from streams.kafka_settings import KafkaSettings
 from streams.kafka_sink import KafkaClient, KafkaSink
@@ -211,7 +212,7 @@ class KafkaSource:
         """
         if self._group is None or self._consumer is None:
             return
-        self.commits.want(positions)
+        self.commits.want(positions, floors)
         try:
             self.commits.send(self._consumer)
         except errors.KafkaError as error:
@@ -302,13 +303,16 @@ class KafkaSource:
         if handover.kind == "assigned":
             check_together(self._topics, handover.partitions)
             self._unplaced = handover.partitions
+            if not self._unplaced and self._assignment is not None:
+                self._assignment.assigned({})
             return
         self.rebalances += 1
         lost = handover.kind == "lost"
+        deadline = time.monotonic() + self.settings.patience
         if self._assignment is not None:
             self._assignment.revoked(sorted(self._owned), lost=lost)
         if not lost:
-            self.commits.finish(self._consumer, self.settings.timeout)
+            self.commits.finish(self._consumer, max(deadline - time.monotonic(), 0.2 * self.settings.patience))
         self._let_go()
 
     def _let_go(self) -> None:
@@ -326,8 +330,9 @@ class KafkaSource:
             for tp in partitions:
                 stored = consumer.committed(tp, metadata=True, timeout_ms=milliseconds)
                 if stored is not None:
-                    theirs = bool(stored.metadata) and stored.metadata != self._member
-                    found[tuple(tp)] = Found(earliest[tp], stored.offset, theirs)
+                    note = read_note(stored.metadata)
+                    theirs = bool(note.owner) and note.owner != self._member
+                    found[tuple(tp)] = Found(earliest[tp], stored.offset, theirs, note.floor)
         self._unplaced = []
         self._owned.update(tuple(tp) for tp in partitions)
         self.commits.own(self._owned, {p: at.committed for p, at in found.items() if at.committed is not None})

@@ -10,6 +10,7 @@ from kafka import OffsetAndMetadata, TopicPartition, errors
 
 from streams.base import Partition, Positions
 from streams.kafka_client import explain
+from streams.kafka_note import Note
 
 _RETRY = 1.0
 """Seconds before offsets are committed again that could not be."""
@@ -42,6 +43,7 @@ class Commits:
         self._timeout = timeout
         self._owner = owner
         self._wanted: Positions = {}
+        self._floors: Positions = {}
         self._owned: set[Partition] = set()
         self._quiet_until = 0.0
 
@@ -54,14 +56,22 @@ class Commits:
         """Forget all partitions and what was to be committed of them."""
         self._owned.clear()
         self._wanted.clear()
+        self._floors.clear()
         self.stored.clear()
         self._quiet_until = 0.0
 
-    def want(self, positions: Mapping[Partition, int]) -> None:
-        """Have positions committed by the next `send`; none of partitions that are not ours, and none backwards."""
+    def want(self, positions: Mapping[Partition, int], floors: Mapping[Partition, int] | None = None) -> None:
+        """Have positions committed by the next `send`; none of partitions that are not ours, and none backwards.
+
+        Args:
+            positions: What is answered, by partition.
+            floors: What to note beside them; see `streams.base.Found.floor`.
+        """
         for partition, end in positions.items():
             if partition in self._owned and end > self.stored.get(partition, -1):
                 self._wanted[partition] = end
+                if floors and partition in floors:
+                    self._floors[partition] = floors[partition]
 
     def send(self, consumer: Any) -> None:
         """Start a commit where one is due and none is under way.
@@ -114,4 +124,5 @@ class Commits:
         self.stored.update((partition, end) for partition, end in done.items() if partition in self._owned)
 
     def _offsets(self, positions: Positions) -> dict[TopicPartition, Any]:
-        return {TopicPartition(*p): OffsetAndMetadata(end, self._owner, -1) for p, end in positions.items()}
+        notes = {p: Note(self._owner, self._floors.get(p)).pack() for p in positions}
+        return {TopicPartition(*p): OffsetAndMetadata(end, notes[p], -1) for p, end in positions.items()}

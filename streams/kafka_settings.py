@@ -190,6 +190,14 @@ class KafkaSettings(BaseModel):
         """The bootstrap servers as one string for messages."""
         return ", ".join(self.bootstrap_servers)
 
+    @property
+    def patience(self) -> float:
+        """Seconds that finishing with partitions may take before the group would give us up.
+
+        Half of ``max_poll_interval_ms``: the other half is for the commit, for joining again, and for slow clocks.
+        """
+        return float(str(self.extra.get("max_poll_interval_ms", 300_000))) / 2000
+
     def consumer_config(self, *, group: str | None, member: str | None = None) -> dict[str, Any]:
         """Return the settings of a `kafka.KafkaConsumer`; reads the secrets.
 

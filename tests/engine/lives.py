@@ -12,10 +12,10 @@ from prometheus_client import CollectorRegistry
 
 from engine.checkpoint.store import CheckpointStore
 from engine.core import Core
-from engine.cutter import TimeCutter
 from engine.keeper import Keeper
 from engine.metrics import Metrics
 from engine.runner import Runner
+from engine.timecutter import TimeCutter
 from engine.writer import Outgoing, Writer
 from streams.journal import Journal, Kind
 from tests.engine.cores import events, feedback

@@ -12,12 +12,15 @@ from prometheus_client import CollectorRegistry
 
 from engine.checkpoint.store import CheckpointStore
 from engine.core import Core
-from engine.cutter import ArrivalCutter, Cutter, TimeCutter
+from engine.cutter import ArrivalCutter, Cutter
 from engine.daemon import Daemon
+from engine.floors import Floors
 from engine.keeper import Keeper
+from engine.launch import _start
 from engine.metrics import Metrics
 from engine.reader import Reader
 from engine.runner import Runner
+from engine.timecutter import TimeCutter
 from engine.writer import Writer
 from streams.base import Positions, Sink, Source, Transactions
 from streams.codec import InputSpec, decode_prediction, encode_event, encode_feedback
@@ -54,6 +57,7 @@ def daemon_on(
     every: float = 1e9,
     high: int = 1000,
     transactions: Transactions | None = None,
+    window: float = 1e6,
 ) -> Iterator[Daemon]:
     """A daemon as `engine.launch` puts it together, on a state directory that it holds until the block ends."""
     core = core or make_core(background=not by_time)
@@ -64,8 +68,8 @@ def daemon_on(
         positions, entries = restored if restored is not None else ({}, [])
         readers: list[Reader] = []
 
-        def flushed(reached: Positions) -> None:
-            readers[0].commit(reached)
+        def flushed(reached: Positions, floors: Positions) -> None:
+            readers[0].commit(reached, floors)
 
         metrics = Metrics(CollectorRegistry())
         writer = Writer(
@@ -80,19 +84,25 @@ def daemon_on(
         if not by_time:
             cutter = ArrivalCutter(KINDS, SIZE, entries, max_delay=0.001)
         daemon = Daemon(
-            runner=Runner(core, keeper, writer, metrics, positions),
+            runner=Runner(core, keeper, writer, metrics, positions, Floors(KINDS, window if source.shared else None)),
             cutter=cutter,
             readers=readers,
             writer=writer,
             metrics=metrics,
             checkpoint_every=every,
         )
-        start = dict(positions)
-        for entry in entries:
-            for run in entry.runs:
-                start.setdefault((run.stream, run.partition), run.first)
+        start, taken = _start(positions, daemon.runner.taken, entries)
         readers.append(
-            Reader(source, KINDS, SPEC, start, hand_over=daemon.hand_over, revoked=daemon.handover.revoked, high=high)
+            Reader(
+                source,
+                KINDS,
+                SPEC,
+                start,
+                hand_over=daemon.hand_over,
+                revoked=daemon.handover.revoked,
+                high=high,
+                taken=taken,
+            )
         )
         daemon.readers = readers
         try:

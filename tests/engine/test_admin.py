@@ -40,6 +40,7 @@ STATUS_KEYS = {
     "partitions",
     "lag",
     "replaying",
+    "rebuilding",
     "replayed",
     "checkpoint",
     "background_job",

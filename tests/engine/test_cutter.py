@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.cutter import ArrivalCutter, Bad, Cut, Cutter, Item, TimeCutter, split
+from engine.cutter import ArrivalCutter, Bad, Cut, Cutter, Item, split
+from engine.timecutter import TimeCutter
 from streams.base import Partition, Record, StreamError
 from streams.codec import BadRecord, Event, Feedback, Reason
 from streams.journal import Entry, Kind, runs_of

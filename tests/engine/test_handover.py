@@ -13,13 +13,14 @@ from engine.cutter import ArrivalCutter, ReplayError
 from engine.daemon import Daemon
 from engine.errors import StorageError
 from engine.launch import _start
+from engine.status import status
 from engine.writer import Outgoing
 from streams.base import Assignment, Found, Partition, Positions, Record, StreamUnavailableError
-from streams.codec import encode_event
+from streams.codec import encode_event, encode_feedback
 from streams.journal import Entry, Kind, Run
 from streams.memory import MemorySink, MemorySource
 from tests.engine.cores import rows
-from tests.engine.parts import KINDS, answered, daemon_on, names, run, until
+from tests.engine.parts import KINDS, answered, daemon_on, errors_of, names, run, until
 from tests.engine.test_cutter import DATA, all_of, entries, item, keys
 from tests.engine.test_outbox import Cluster
 from tests.engine.test_outbox import Sink as TransactionalSink
@@ -35,6 +36,11 @@ class Shared(MemorySource):
         super().__init__({"data": 2, "feedback": 2}, bounded=False)
         self._moves: queue.SimpleQueue[tuple[str, list[Partition]]] = queue.SimpleQueue()
         self._assignment: Assignment | None = None
+        self.floors: Positions = {}
+        self.ids: dict[str, str] = {}
+
+    def identities(self) -> dict[str, str]:
+        return self.ids
 
     @property
     def shared(self) -> bool:
@@ -51,12 +57,16 @@ class Shared(MemorySource):
         while not self._moves.empty():
             how, partitions = self._moves.get()
             if how == "give":
-                starts = self._assignment.assigned({p: Found(0, self._committed.get(p)) for p in partitions})
+                floors = self.floors
+                starts = self._assignment.assigned(
+                    {p: Found(0, self._committed.get(p), p in floors, floors.get(p)) for p in partitions}
+                )
                 self._positions |= {p: starts.get(p, self._committed.get(p, 0)) for p in partitions}
             else:
                 self._assignment.revoked(partitions, lost=how == "lose")
                 for partition in partitions:
                     self._positions.pop(partition)
+                self._assignment.assigned({})
         return super().poll(max_records, min(timeout, 0.01))
 
 
@@ -100,7 +110,7 @@ async def test_what_was_answered_of_a_partition_before_it_came_is_not_answered_a
     source.commit({ZERO: 4})
     source.move("give", ZERO, ONE)
     with daemon_on(tmp_path, source, predictions=sink) as daemon:
-        daemon.readers[0]._start[ZERO] = 0
+        daemon.readers[0]._holdings.start[ZERO] = 0
         await run(daemon, then(lambda daemon: events(daemon, 20)))
     assert sorted(answered(sink)) == sorted(set(names(0, 20)) - {"e0", "e2", "e4", "e6"})
     assert source.committed() == {ZERO: 10, ONE: 10}
@@ -174,7 +184,6 @@ async def test_a_partition_that_goes_leaves_its_position_to_the_next_and_no_trac
     async def gone(daemon: Daemon) -> None:
         source.move("take", ONE)
         await until(lambda: ONE not in daemon.runner.positions)
-        await until(lambda: daemon.runner.keeper.saved_step == daemon.runner.keeper.sequence)
         await until(lambda: source.committed() == {ZERO: 10, ONE: 10})
         source.commit({ONE: 15})  # what another makes of it
         fill(source, 20, 10)
@@ -200,6 +209,7 @@ async def test_a_partition_that_comes_back_is_read_on_where_another_left_it(tmp_
         source.move("give", ONE)
         await until(lambda: daemon.runner.positions.get(ONE) == 15)
         await events(daemon, 28)
+        await until(lambda: len(sink.messages) == 28)
 
     with daemon_on(tmp_path, source, predictions=sink) as daemon:
         await crash(daemon, lambda daemon: events(daemon, 20), there_and_back)
@@ -313,7 +323,7 @@ def test_positions_of_partitions_that_are_gone_are_passed_on_no_more() -> None:
 def test_reading_goes_on_at_the_first_record_that_the_journal_names() -> None:
     entry = Entry(5, Kind.DATA, 0.0, (Run("data", 0, 30, 34, 4), Run("data", 0, 34, 36, 2)))
     positions: Positions = {ZERO: 20, ONE: 7}
-    assert _start(positions, [entry]) == {ZERO: 30, ONE: 7}
+    assert _start(positions, {}, [entry]) == ({ZERO: 30, ONE: 7}, {})
     assert positions == {ZERO: 20, ONE: 7}
 
 
@@ -326,3 +336,117 @@ def test_a_state_directory_keeps_the_name_of_its_member(tmp_path: Path) -> None:
     (tmp_path / "member").mkdir()
     with pytest.raises(StorageError, match="member cannot be used"):
         _member_of(tmp_path)
+
+
+F0, F1 = ("feedback", 0), ("feedback", 1)
+
+
+def label(source: MemorySource, *numbers: int) -> None:
+    for number in numbers:
+        value = encode_feedback(f"e{number}", label=number % 3, time=float(number + 1))
+        source.append("feedback", value, partition=number % 2)
+
+
+async def rebuilt(daemon: Daemon) -> None:
+    await until(lambda: daemon.runner.taken.get(F0) is not None and not daemon.cutter.rebuilding)
+    await until(lambda: daemon.state == "waiting for records")
+
+
+def half_done(source: Shared) -> None:
+    """Others have answered the ten events of partition 0 and learned from three of their labels."""
+    fill(source, 0, 20)
+    label(source, 0, 2, 4)
+    source.commit({ZERO: 10, F0: 3})
+    source.floors = {ZERO: 0, F0: 0}
+
+
+async def test_labels_find_the_events_that_another_had_answered(tmp_path: Path) -> None:
+    source, sink = Shared(), MemorySink()
+    half_done(source)
+    source.move("give", ZERO, F0)
+
+    async def labelled(daemon: Daemon) -> None:
+        assert (daemon.core.joins.pending, daemon.core.counts["labels"]) == (7, 0)
+        assert status(daemon)["rebuilding"] == {"partitions": 0, "records": 0}
+        label(source, 2, 4, 6, 8, 10)  # two of them come again
+        await until(lambda: daemon.core.counts["labels"] == 3)
+
+    with daemon_on(tmp_path, source, predictions=sink) as daemon:
+        await run(daemon, then(rebuilt, labelled))
+        assert daemon.core.joins.counts["duplicate"] == 2
+        assert (daemon.core.counts["events"], answered(sink)) == (0, [])
+    assert source.committed() == {ZERO: 10, F0: 8}
+
+
+async def test_a_daemon_killed_in_the_middle_of_a_rebuild_goes_on_with_it(tmp_path: Path) -> None:
+    source = Shared()
+    half_done(source)
+    source.pause(["feedback"])
+    source.move("give", ZERO, F0)
+    with daemon_on(tmp_path, source) as daemon:
+        await crash(daemon, lambda daemon: until(lambda: daemon.core.joins.pending == 10))
+        assert daemon.cutter.rebuilding
+        assert status(daemon)["waiting_for"] == "rebuilding joins of 2 partitions, 3 records left"
+    source.resume(["feedback"])
+    source.move("give", ZERO, F0)
+    with daemon_on(tmp_path, source) as daemon:
+        await run(daemon, then(rebuilt))
+        assert daemon.runner.replayed == 2
+        assert daemon.core.joins.pending == 7
+    with daemon_on(tmp_path, source) as daemon:
+        assert (daemon.runner.positions, daemon.runner.taken) == ({ZERO: 10, F0: 3}, {ZERO: 10, F0: 3})
+
+
+async def test_what_waits_of_a_partition_that_another_took_waits_no_more(tmp_path: Path) -> None:
+    source = Shared()
+    fill(source, 0, 20)
+    source.move("give", ZERO, ONE, F0, F1)
+
+    async def taken(daemon: Daemon) -> None:
+        source.move("take", ZERO, F0)
+        await until(lambda: daemon.core.joins.pending == 10)
+
+    with daemon_on(tmp_path, source) as daemon:
+        await run(daemon, then(lambda daemon: events(daemon, 20), taken))
+        assert daemon.core.joins.counts["moved"] == 10
+
+
+async def test_partitions_that_cannot_be_finished_with_in_time_are_given_up(tmp_path: Path) -> None:
+    class Stuck(MemorySink):
+        stuck = False
+
+        def flush(self, timeout: float) -> None:
+            if self.stuck:
+                raise StreamUnavailableError("no broker")
+            super().flush(timeout)
+
+    source, sink = Shared(), Stuck()
+    fill(source, 0, 20)
+    source.move("give", ZERO, ONE)
+
+    async def outage(daemon: Daemon) -> None:
+        await until(lambda: source.committed() == {ZERO: 10, ONE: 10})
+        sink.stuck = True
+        fill(source, 20, 2)
+        await events(daemon, 22)
+        source.move("take", ONE)
+        await until(lambda: ONE not in daemon.runner.positions)
+        sink.stuck = False
+
+    with daemon_on(tmp_path, source, predictions=sink) as daemon:
+        daemon.readers[0]._patience = 0.05
+        await run(daemon, then(lambda daemon: events(daemon, 20), outage))
+    assert source.committed() == {ZERO: 11, ONE: 10}
+
+
+async def test_a_stream_that_was_made_anew_is_refused(tmp_path: Path) -> None:
+    source = Shared()
+    source.ids = {"data": "AAA"}
+    with daemon_on(tmp_path, source) as daemon:
+        await run(daemon, then())
+    source.ids = {"data": "BBB"}
+    with daemon_on(tmp_path, source) as daemon, pytest.raises(BaseExceptionGroup) as caught:
+        await run(daemon, then())
+    (error,) = errors_of(caught.value)
+    assert "data was made anew since the last checkpoint: it was AAA and is BBB now" in str(error)
+    assert "--fresh" in str(error)

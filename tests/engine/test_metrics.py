@@ -72,6 +72,7 @@ FROZEN = {
     "adaptd_release_number": ("gauge", ()),
     "adaptd_release_timestamp_seconds": ("gauge", ()),
     "adaptd_replayed_batches": ("counter", ()),
+    "adaptd_rebuild_records": ("gauge", ()),
     "adaptd_replaying_batches": ("gauge", ()),
     "adaptd_resets": ("counter", ()),
     "adaptd_restarts": ("counter", ()),
@@ -117,6 +118,7 @@ def daemon_of(core: Core, *, lag: dict[tuple[str, int], int] | None = None, wait
         cutter=SimpleNamespace(taken={"data": 7, "feedback": 2}, replaying=4),
         writer=SimpleNamespace(depth=5),
         runner=SimpleNamespace(keeper=keeper),
+        handover=SimpleNamespace(rebuilding=(2, 900)),
     )
     return cast("Daemon", found)
 
@@ -204,6 +206,7 @@ def test_a_look_at_the_daemon_shows_streams_queues_and_state() -> None:
     assert (value["paused", "data"], value["paused", "feedback"]) == (1, 0)
     assert (value["restarts_total"], value["checkpoint_fallbacks_total"]) == (2, 1)
     assert value["replaying_batches"] == 4
+    assert value["rebuild_records"] == 900
 
 
 def test_the_core_is_seen_in_counts_joins_quality_and_jobs() -> None:

@@ -115,7 +115,7 @@ class Sink:
 
 
 def writer_on(cluster: Cluster, largest_letter: int = 10_000) -> Writer:
-    def flushed(positions: Positions) -> None:
+    def flushed(positions: Positions, floors: Positions) -> None:
         raise AssertionError("positions are passed on beside the transactions")
 
     writer = Writer(

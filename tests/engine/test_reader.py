@@ -10,6 +10,7 @@ from anyio import to_thread
 
 from engine import reader as module
 from engine.cutter import Bad
+from engine.holdings import Standing
 from engine.reader import Chunk, Reader
 from streams.base import Assignment, Found, Partition, Positions, Record, StreamError, StreamUnavailableError
 from streams.codec import Event, Feedback, InputSpec, encode_event, encode_feedback
@@ -41,9 +42,9 @@ class Harness:
         if chunk.ended:
             self.reader.stop()
 
-    async def revoked(self, partitions: Sequence[Partition], lost: bool) -> Positions:
+    async def revoked(self, partitions: Sequence[Partition], lost: bool, within: float) -> Standing:
         self.revocations.append((list(partitions), lost))
-        return {} if lost else dict.fromkeys(partitions, 77)
+        return Standing(dict.fromkeys(partitions, 77), {}, dict.fromkeys(partitions, 33))
 
     async def run(self) -> None:
         await to_thread.run_sync(self.reader.open)

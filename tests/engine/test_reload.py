@@ -127,7 +127,7 @@ def test_a_changed_policy_is_in_force_from_the_next_batch_on_with_all_that_was_l
         assert core.methods.safeguards[1].state_dict().keys() == old.methods.safeguards[1].state_dict().keys()
         assert core.learner.optimizer.param_groups[0]["lr"] == 0.02
         assert len(core.learner.optimizer.state) == len(old.learner.optimizer.state) > 0
-        assert (daemon.checkpoint_every, daemon.runner.keeper.store.keep) == (3600.0, 5)
+        assert (daemon.saver.every, daemon.runner.keeper.store.keep) == (3600.0, 5)
         batches = daemon.runner.batches
         append_events(project, 64)
         await until(lambda: core.counts["events"] == EVENTS + 64)

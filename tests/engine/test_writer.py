@@ -64,7 +64,7 @@ class Harness:
         self.thread: threading.Thread | None = None
         self.error: BaseException | None = None
 
-    def flushed(self, positions: Positions) -> None:
+    def flushed(self, positions: Positions, floors: Positions) -> None:
         self.log.append(("flushed", dict(positions)))
 
     def run(self) -> None:

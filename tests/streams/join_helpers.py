@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 from typing import NamedTuple
 
+from streams.base import Record
 from streams.join import Joined, JoinStore, Waiting
 
 ENDINGS = ("joined", "duplicate", "late", "orphan", "overflow")
@@ -14,6 +15,7 @@ class Feedback(NamedTuple):
     reward: float | None = None
     time: float = 0.0
     inputs: bytes | None = None
+    record: Record = Record("feedback", 0, 0, 1, 0.0, None, b"")
 
 
 def event(name: str, time: float = 0.0, *, inputs: bytes = b"x", group: str | None = None, step: int = 7) -> Waiting:

@@ -10,10 +10,15 @@ from typing import Literal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from streams.base import Record
 from streams.join import Joined, JoinStore, Waiting
 from tests.streams.join_helpers import ENDINGS, Feedback, saved
 
-Call = tuple[Literal["answered"], list[Waiting], float] | tuple[Literal["feedback"], list[Feedback], float]
+Call = (
+    tuple[Literal["answered", "seen"], list[Waiting], float]
+    | tuple[Literal["feedback", "seen_feedback"], list[Feedback], float]
+    | tuple[Literal["drop"], set[int], float]
+)
 
 MAX_BYTES = 12_000
 MAX_DISK_BYTES = 9_000
@@ -22,15 +27,24 @@ _ids = st.integers(0, 25).map(lambda number: f"é{number}" if number % 5 == 0 el
 _times = st.integers(0, 60).map(lambda tick: tick / 2)
 _events = st.builds(
     Waiting, _ids, st.sampled_from([b"", b"x" * 300, b"y" * 900]), _times, st.sampled_from([None, "eu"]),
-    st.integers(0, 9), st.integers(0, 99),
+    st.integers(0, 9), st.integers(0, 99), st.integers(0, 3),
 )  # fmt: skip
 _rewards = st.none() | st.just(0.5)
 _own_inputs = st.sampled_from([None, None, None, None, b"i"])
-_feedbacks = st.builds(Feedback, _ids, st.none() | st.integers(-1, 9), _rewards, _times, _own_inputs)
+_records = st.sampled_from([Record("feedback", n, 0, 1, 0.0, None, b"") for n in range(4)])
+_feedbacks = st.builds(Feedback, _ids, st.none() | st.integers(-1, 9), _rewards, _times, _own_inputs, _records)
 _calls: st.SearchStrategy[list[Call]] = st.lists(
     st.one_of(
         st.tuples(st.just("answered"), st.lists(_events, max_size=8), _times),
         st.tuples(st.just("feedback"), st.lists(_feedbacks, max_size=8), _times),
+    ),
+    max_size=25,
+)
+_moves = st.lists(
+    st.one_of(
+        st.tuples(st.sampled_from(["answered", "seen"]), st.lists(_events, max_size=8), _times),
+        st.tuples(st.sampled_from(["feedback", "seen_feedback"]), st.lists(_feedbacks, max_size=8), _times),
+        st.tuples(st.just("drop"), st.sets(st.integers(0, 3)), _times),
     ),
     max_size=25,
 )
@@ -50,7 +64,15 @@ def opened(*, on_disk: bool) -> Iterator[JoinStore]:
 def apply(store: JoinStore, call: Call) -> list[Joined]:
     if call[0] == "answered":
         return store.answered(call[1], call[2])
-    return store.feedback(call[1], call[2])
+    if call[0] == "feedback":
+        return store.feedback(call[1], call[2])
+    if call[0] == "seen":
+        return store.seen(call[1], call[2])
+    if call[0] == "seen_feedback":
+        store.seen_feedback(call[1], call[2])
+        return []
+    store.drop(call[1], call[1])
+    return []
 
 
 @settings(max_examples=60, deadline=None)
@@ -76,7 +98,7 @@ def test_every_feedback_ends_as_exactly_one_kind_and_every_event_is_accounted_fo
 
 
 @settings(max_examples=60, deadline=None)
-@given(calls=_calls, on_disk=st.booleans(), data=st.data())
+@given(calls=_calls | _moves, on_disk=st.booleans(), data=st.data())
 def test_restored_store_goes_on_as_if_nothing_had_happened(
     calls: list[Call], on_disk: bool, data: st.DataObject
 ) -> None:
@@ -108,6 +130,6 @@ def test_any_order_of_arrival_within_the_window_joins_the_same(number: int, data
         watermark = max(watermark, item.time)
         joined += store.answered([item], watermark) if isinstance(item, Waiting) else store.feedback([item], watermark)
     assert sorted(joined, key=lambda item: item.step) == [
-        Joined(*one, other.label, other.reward, other.time) for one, other in zip(events, feedbacks, strict=True)
+        Joined(*one[:6], other.label, other.reward, other.time) for one, other in zip(events, feedbacks, strict=True)
     ]
     assert (store.pending, store.early) == (0, 0)

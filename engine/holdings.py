@@ -1,0 +1,118 @@
+"""What we remember of partitions, and whether our own work on one goes on when it is given to us."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import structlog
+
+from streams.base import Found, Partition, Positions
+
+log = structlog.get_logger("adaptd")
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Where partitions that go have been brought to."""
+
+    positions: Positions = field(default_factory=dict)
+    taken: Positions = field(default_factory=dict)
+    """Positions up to which others had worked when the partitions came."""
+    floors: Positions = field(default_factory=dict)
+    committed: bool = False
+    """Whether that is committed already, together with the answers."""
+
+    @property
+    def done(self) -> Positions:
+        """The positions that are to be committed: we got beyond where others had been."""
+        return {} if self.committed else {p: at for p, at in self.positions.items() if at > self.taken.get(p, -1)}
+
+
+class Begin(NamedTuple):
+    """How a partition that came is read."""
+
+    start: int
+    seen: int
+    """What lies between ``start`` and here was seen before, by others or by us."""
+    anew: bool
+    """Whether nothing that we remember of the partition counts any more."""
+
+
+class Holdings:
+    """Positions that we remember: of the state directory, and of partitions that have just gone. Used by one thread.
+
+    Args:
+        start: Positions to start from.
+        taken: Of the partitions in ``start`` that came from others, the position up to which these had worked.
+    """
+
+    def __init__(self, start: Positions, taken: Positions) -> None:
+        self.start = start
+        self._taken = dict(taken)
+        self._parked: Positions = {}
+
+    def begin(self, partition: Partition, found: Found) -> Begin:
+        """Decide where to read a partition, by what we remember and by what the source found.
+
+        Our own work goes on unless somebody else has committed since. Else everything before the committed position is
+        theirs, and reading begins at the floor that they noted beside it.
+        """
+        if self._stands(partition, found):
+            start = self.start[partition]
+            return Begin(start, max(start, self._taken.get(partition, start)), anew=False)
+        self.start.pop(partition, None)
+        start, end = _floor(partition, found)
+        self._taken[partition] = end
+        return Begin(start, end, anew=True)
+
+    def _stands(self, partition: Partition, found: Found) -> bool:
+        taken, parked = self._taken.get(partition), self._parked.pop(partition, None)
+        if parked is not None:
+            self.start[partition] = parked
+            # Nobody but others can have committed more than we had applied.
+            if (found.committed or 0) > max(parked, taken or 0):
+                return False
+        return partition in self.start and (not found.theirs or (taken is not None and found.committed == taken))
+
+    def settle(self) -> None:
+        """Forget the partitions that went and were not given back."""
+        for partition in self._parked:
+            self._taken.pop(partition, None)
+        self._parked.clear()
+
+    def leave(self, partition: Partition, standing: Standing | None) -> None:
+        """Let a partition go; without a standing nothing of it is remembered."""
+        self.start.pop(partition, None)
+        self._taken.pop(partition, None)
+        if standing is not None and partition in standing.positions:
+            self._parked[partition] = standing.positions[partition]
+            if partition in standing.taken:
+                self._taken[partition] = standing.taken[partition]
+
+
+def seen_before(begins: Mapping[Partition, Begin]) -> Positions:
+    """Of the partitions to rebuild, the position before which everything was seen before.
+
+    Partitions of one number hold events and their labels. So where one of them is rebuilt all are, be there nothing to
+    read: what is new of any of them waits until the rest is complete.
+    """
+    numbers = {partition[1] for partition, begin in begins.items() if begin.start < begin.seen}
+    return {partition: begin.seen for partition, begin in begins.items() if partition[1] in numbers}
+
+
+def _floor(partition: Partition, found: Found) -> tuple[int, int]:
+    """From where a partition is read that others have worked on, or nobody has, and up to where they have."""
+    if found.committed is None:
+        return found.earliest, found.earliest
+    if found.floor is None or found.committed < found.earliest:
+        return found.committed, found.committed
+    if found.floor < found.earliest:
+        log.warning(
+            "joins_not_rebuilt",
+            partition=f"{partition[0]}-{partition[1]}",
+            offsets=[found.floor, found.earliest],
+            reason="the stream does not hold these records any more; what waited of them finds no feedback",
+        )
+    return min(max(found.floor, found.earliest), found.committed), found.committed

@@ -1,0 +1,190 @@
+"""Daemons that join and leave a group on a real Kafka: what waits for labels goes where its partition goes."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kafka import KafkaAdminClient
+
+from streams.kafka import KafkaSettings
+from tests.broker.daemons import (
+    SLOW,
+    Daemon,
+    Process,
+    Topics,
+    answers,
+    committed,
+    ends,
+    everything,
+    send,
+    small_events,
+    small_feedback,
+)
+from tests.broker.helpers import AnySink, SinkFactory, TopicFactory
+
+CHURN_SECONDS = float(os.environ.get("ADAPTD_CHURN_SECONDS", "15"))
+LABEL_COUNTS = ("joined", "late", "orphan", "overflow")
+
+
+@pytest.fixture
+def daemons(tmp_path: Path, bootstrap: str) -> Iterator[Any]:
+    made: list[Daemon] = []
+
+    def make(topics: Topics, name: str, **content: str) -> Daemon:
+        made.append(Daemon(tmp_path / name, topics, bootstrap, **content))
+        return made[-1]
+
+    yield make
+    for daemon in made:
+        daemon.end()
+
+
+@pytest.mark.parametrize("killed", [False, True], ids=["leaves", "is killed"])
+def test_labels_of_events_that_another_answered_are_joined_where_the_partition_is(
+    topic: TopicFactory,
+    sink: SinkFactory,
+    daemons: Any,
+    settings: KafkaSettings,
+    admin: KafkaAdminClient,
+    killed: bool,
+) -> None:
+    topics, count = Topics.make(topic, partitions=2), 600
+    events, feedback = sink(topics.data), sink(topics.feedback)
+    first = daemons(topics, "first").start()
+    send(events, small_events(0, count))
+    send(feedback, small_feedback(0, 200))
+    first.until(lambda status: (status["events"], status["labels"]) == (count, 200))
+    reached = ends(settings, topics.data, topics.feedback)
+    first.until(lambda _: committed(admin, topics.group) == reached)
+    if killed:
+        first.kill()
+    else:
+        assert first.terminate() == 0, first.words
+    second = daemons(topics, "second").start()
+    send(feedback, small_feedback(100, 500))  # half of the first 200 come again
+    status = second.until(lambda status: status["labels"] == 400 and not status["rebuilding"]["partitions"])
+    assert status["events"] == 0
+    assert (status["joins"]["joined"], status["joins"]["duplicate"], status["joins"]["pending"]) == (400, 100, 0)
+    assert "rebuilding_joins" in second.words
+    assert "joins_rebuilt" in second.words
+    assert second.terminate() == 0, second.words
+    found, again = answers(settings, topics)
+    assert (len(found), again) == (count, 0)
+
+
+class Member:
+    """A daemon that comes and goes, and what its lives counted."""
+
+    def __init__(self, daemon: Daemon) -> None:
+        self.daemon = daemon
+        self.life: Process | None = None
+        self.last: dict[str, Any] = {}
+
+    def join(self) -> None:
+        self.life = self.daemon.start("checkpoint.every=5s")
+
+    def look(self) -> dict[str, Any]:
+        if self.life is not None:
+            with contextlib.suppress(OSError):
+                self.last = self.life.status()
+        return self.last
+
+    def leave(self) -> None:
+        assert self.life is not None
+        self.life.until(lambda status: status["partitions"] and not status["rebuilding"]["partitions"], limit=60)
+        self.look()
+        assert self.life.terminate() == 0, self.life.words
+        self.life = None
+
+    def count(self, *names: str) -> int:
+        return sum(self.last.get("joins", {}).get(name, 0) for name in names)
+
+
+class Churn:
+    """Events and labels that keep coming, and two members of which at least one is there."""
+
+    def __init__(self, events: AnySink, feedback: AnySink, members: list[Member]) -> None:
+        self.events, self.feedback, self.members = events, feedback, members
+        self.sent = self.labelled = self.moves = 0
+        self._turn, self._next = 1, 0.0
+
+    def send(self) -> None:
+        send(self.events, small_events(self.sent, 20))
+        self.sent += 20
+        if self.sent - self.labelled > 300:  # labels come seconds after their events, many behind a move
+            send(self.feedback, small_feedback(self.labelled, 20))
+            self.labelled += 20
+
+    def finish(self) -> None:
+        send(self.feedback, small_feedback(self.labelled, self.sent - self.labelled))
+        for member in self.members:
+            if member.life is None:
+                member.join()
+
+    def move(self) -> None:
+        """Every two seconds a member comes, or one goes."""
+        if time.monotonic() < self._next:
+            return
+        member = self.members[self._turn % 2]
+        if member.life is None:
+            member.join()
+            self._turn += 1  # the other one goes next
+        else:
+            member.leave()
+        self.moves += 1
+        self._next = time.monotonic() + 2.0
+
+
+@pytest.mark.timeout(CHURN_SECONDS + 150)
+def test_while_two_daemons_come_and_go_everything_is_answered_and_every_label_is_learned_once(
+    topic: TopicFactory, sink: SinkFactory, daemons: Any, settings: KafkaSettings, admin: KafkaAdminClient
+) -> None:
+    topics = Topics.make(topic, partitions=4)
+    members = [Member(daemons(topics, name)) for name in ("first", "second")]
+    members[0].join()
+    churn = Churn(sink(topics.data), sink(topics.feedback), members)
+    until = time.monotonic() + CHURN_SECONDS
+    while time.monotonic() < until:
+        churn.send()
+        churn.move()
+        time.sleep(0.05)
+    churn.finish()
+    reached = ends(settings, topics.data, topics.feedback)
+    deadline = time.monotonic() + 60
+    while committed(admin, topics.group) != reached:
+        assert time.monotonic() < deadline, [member.look() for member in members]
+        time.sleep(0.2)
+    for member in members:
+        member.leave()
+    found, again = answers(settings, topics)
+    total = {name: sum(member.count(name) for member in members) for name in (*LABEL_COUNTS, "duplicate", "moved")}
+    told = f"{churn.moves} moves, {churn.sent} events, {again} answered again, {total}"
+    logging.getLogger(__name__).info(told)
+    assert found.keys() == {f"e{n}" for n in range(churn.sent)}
+    assert again == 0, told
+    assert sum(total[name] for name in LABEL_COUNTS) == churn.sent, told
+    assert total["duplicate"] == 0, told
+    assert not everything(settings, topics.dead_letters)
+
+
+def test_a_step_longer_than_the_poll_interval_costs_no_partition_and_no_answer(
+    topic: TopicFactory, sink: SinkFactory, daemons: Any, settings: KafkaSettings
+) -> None:
+    topics = Topics.make(topic, partitions=2)
+    slow = SLOW.replace("0.05", "0.05 if len(x) < 8 else 4")
+    extra = "{session_timeout_ms: 2000, heartbeat_interval_ms: 300, max_poll_interval_ms: 2000}"
+    daemon = daemons(topics, "first", model=slow)
+    life = daemon.start(f"streams.kafka.extra={extra}", "learning.mode=inline", "batching.max_delay=1s")
+    life.until(lambda status: len(status["partitions"]) == 4)
+    send(sink(topics.data), small_events(0, 16))
+    life.until(lambda status: status["events"] == 16, limit=30)
+    assert "partitions_" not in life.words, "two steps of four seconds, and the group never missed it"
+    assert life.terminate() == 0, life.words
+    assert len(answers(settings, topics)[0]) == 16

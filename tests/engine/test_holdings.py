@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import pytest
+
+from engine.holdings import Begin, Holdings, Standing, seen_before
+from streams.base import Found, Positions
+
+P = ("data", 3)
+
+
+def begin(found: Found, *, start: Positions | None = None, taken: Positions | None = None) -> Begin:
+    return Holdings(start or {}, taken or {}).begin(P, found)
+
+
+def test_our_own_work_goes_on_unless_somebody_else_has_committed_since() -> None:
+    own = {P: 40}
+    assert begin(Found(0, 50), start=own) == Begin(40, 40, anew=False)
+    assert begin(Found(0, 50, theirs=True), start=own) == Begin(50, 50, anew=True)
+    assert begin(Found(0, 50, True, 45), start=own) == Begin(45, 50, anew=True)
+
+
+def test_work_on_a_partition_that_was_just_taken_goes_on_although_others_committed_last() -> None:
+    assert begin(Found(0, 50, True, 10), start={P: 30}, taken={P: 50}) == Begin(30, 50, anew=False)
+    assert begin(Found(0, 60, True, 10), start={P: 30}, taken={P: 50}) == Begin(10, 60, anew=True)
+
+
+def test_what_comes_from_others_is_read_from_its_floor() -> None:
+    assert begin(Found(0, 50, True, 20)) == Begin(20, 50, anew=True)
+    assert begin(Found(0, 50, True)) == Begin(50, 50, anew=True)
+    assert begin(Found(7)) == Begin(7, 7, anew=True)
+
+
+def test_a_floor_that_the_stream_no_longer_holds_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert begin(Found(30, 50, True, 20)) == Begin(30, 50, anew=True)
+    assert "joins_not_rebuilt" in capsys.readouterr().out
+    # A committed position that is gone is the source's to refuse.
+    assert begin(Found(60, 50, True, 20)) == Begin(50, 50, anew=True)
+
+
+def test_a_partition_that_is_given_back_untouched_goes_on_where_it_was() -> None:
+    holdings = Holdings({}, {})
+    holdings.leave(P, Standing({P: 70}))
+    assert holdings.begin(P, Found(0, 70)) == Begin(70, 70, anew=False)
+    holdings.leave(P, Standing({P: 70}))
+    assert holdings.begin(P, Found(0, 80)) == Begin(80, 80, anew=True), "somebody went on without saying who"
+    holdings.leave(P, Standing({P: 80}))
+    holdings.settle()
+    assert holdings.begin(P, Found(0, 80, False, 60)) == Begin(60, 80, anew=True), "it was somewhere else in between"
+    holdings.leave(P, None)
+    assert holdings.begin(P, Found(0, 80, False, 60)).anew, "nothing is known of a partition that was given up"
+
+
+def test_a_partition_that_goes_in_the_middle_of_a_rebuild_commits_nothing() -> None:
+    assert Standing({P: 30}, {P: 50}).done == {}
+    assert Standing({P: 51}, {P: 50}).done == {P: 51}
+
+
+def test_where_one_partition_is_rebuilt_the_others_of_its_number_wait_for_it() -> None:
+    begins = {
+        ("data", 0): Begin(5, 5, True),
+        ("feedback", 0): Begin(2, 9, True),
+        ("data", 1): Begin(4, 4, True),
+    }
+    assert seen_before(begins) == {("data", 0): 5, ("feedback", 0): 9}
