@@ -183,8 +183,10 @@ def test_a_step_longer_than_the_poll_interval_costs_no_partition_and_no_answer(
     daemon = daemons(topics, "first", model=slow)
     life = daemon.start(f"streams.kafka.extra={extra}", "learning.mode=inline", "batching.max_delay=1s")
     life.until(lambda status: len(status["partitions"]) == 4)
+    started = time.monotonic()
     send(sink(topics.data), small_events(0, 16))
     life.until(lambda status: status["events"] == 16, limit=30)
+    assert time.monotonic() - started > 4
     assert "partitions_" not in life.words, "two steps of four seconds, and the group never missed it"
     assert life.terminate() == 0, life.words
     assert len(answers(settings, topics)[0]) == 16

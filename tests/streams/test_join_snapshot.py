@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import io
+import json
+import struct
 import threading
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -134,3 +137,41 @@ def test_errors_of_the_file_pass_through(store: JoinStore) -> None:
     file.close()
     with pytest.raises(ValueError, match="closed file"):
         store.snapshot().write(file)
+
+
+def test_what_version_one_wrote_is_read_and_names_no_partitions() -> None:
+    def frame(kind: bytes, payload: bytes) -> bytes:
+        header = struct.pack("<cII", kind, len(payload), zlib.crc32(payload))
+        return header + struct.pack("<I", zlib.crc32(header)) + payload
+
+    scalars = {"watermark": (5.0).hex(), "swept": (5.0).hex(), "counts": {"early": 1}, "marks": []}
+    entries = (
+        struct.pack("<dqqiII", 4.0, 2, 9, -1, 2, 3) + b"e1abc" + struct.pack("<dqqiII", 4.5, 1, 9, 2, 2, 1) + b"e2eux"
+    )
+    early = struct.pack("<qddBI", 1, 0.0, 5.0, 1, 2) + b"e3"
+    frames = [(b"S", json.dumps(scalars).encode()), (b"W", entries), (b"F", early), (b"E", struct.pack("<Q", 3))]
+    store = JoinStore(window=10.0, max_bytes=1 << 20)
+    store.restore(io.BytesIO(b"adaptd-join-1\n" + b"".join(frame(*one) for one in frames)))
+    assert (store.pending, store.early, store.counts["early"]) == (2, 1, 1)
+    assert store.drop(range(4), range(4)) == 0
+    joined = store.feedback([Feedback("e1", time=5.0), Feedback("e2", time=5.0)], 5.0)
+    assert [(one.id, one.inputs, one.group, one.predicted) for one in joined] == [
+        ("e1", b"abc", None, 2),
+        ("e2", b"x", "eu", 1),
+    ]
+    assert names(store.answered([event("e3", 5.0)], 5.0)) == ["e3"]
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_what_waits_of_a_partition_is_dropped_wherever_it_lies(on_disk: bool, tmp_path: Path) -> None:
+    store = JoinStore(
+        window=10.0, max_bytes=4000, max_disk_bytes=1 << 22 if on_disk else 0, directory=tmp_path if on_disk else None
+    )
+    store.answered([event(f"e{n}", 1.0)._replace(partition=n % 2) for n in range(40 if on_disk else 6)], 1.0)
+    store.feedback([Feedback("early", time=1.0)], 1.0)
+    before = store.pending
+    assert (store.disk_bytes > 0) is on_disk
+    assert store.drop({1}, {0}) == before // 2 + 1
+    assert (store.pending, store.early, store.counts["moved"]) == (before - before // 2, 0, before // 2 + 1)
+    assert {f"e{n}" for n in range(1, 6, 2)}.isdisjoint(names(store.feedback([Feedback("e1"), Feedback("e3")], 1.0)))
+    store.close()
