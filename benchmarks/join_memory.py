@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import psutil
 
 from benchmarks.results import Report, parser
+from streams.base import Record
 from streams.join import JoinStore, Waiting
 
 BATCH = 64
@@ -30,6 +31,7 @@ class Feedback(NamedTuple):
     reward: float | None
     time: float
     inputs: bytes | None
+    record: Record = Record("feedback", 0, 0, 1, 0.0, None, b"")
 
 
 def main() -> None:
