@@ -199,7 +199,7 @@ def _writer(
 
     def flushed(reached: Positions, floors: Positions) -> None:
         for reader in readers:
-            own = {p: at for p, at in reached.items() if p in set(reader.partitions)}
+            own = {p: at for p, at in reached.items() if p[0] in reader.streams}
             reader.commit(own, floors)
 
     return Writer(

@@ -285,7 +285,7 @@ class Reader:
             anyio.from_thread.run_sync(self._hand_over, Chunk(ended=ended))
 
     def _commit(self) -> None:
-        if self._commits:
+        if self._commits and self.partitions:  # a request may come before the partitions that it is about
             failpoint("reader.commit")
             positions, floors = self._commits.pop()
             own = set(self.partitions)  # what was given up may still be on its way
