@@ -7,7 +7,6 @@ from pathlib import Path
 import anyio
 import pytest
 
-from engine import handover
 from engine.build import _member_of
 from engine.cutter import ArrivalCutter, ReplayError
 from engine.daemon import Daemon
@@ -153,15 +152,13 @@ async def test_with_transactions_nobody_else_commits(tmp_path: Path) -> None:
     assert source.committed() == {}
 
 
-async def test_a_partition_whose_last_commit_does_not_get_through_counts_as_lost(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(handover, "HANDOVER_SECONDS", 0.3)
+async def test_a_partition_whose_last_commit_does_not_get_through_counts_as_lost(tmp_path: Path) -> None:
     source, cluster = Shared(), Missed(ZERO)
     fill(source, 0, 20)
     source.move("give", ZERO, ONE)
     sink = TransactionalSink("predictions", cluster)
     with daemon_on(tmp_path, source, predictions=sink, transactions=cluster) as daemon:
+        daemon.readers[0]._patience = 0.3
         await run(
             daemon,
             then(
