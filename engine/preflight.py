@@ -89,7 +89,8 @@ def _source_of(module: str, spec: str) -> Path | None:
     paths: list[str] | None = None
     found = None
     if module in sys.modules:
-        return None
+        file = getattr(sys.modules[module], "__file__", None) or ""
+        return Path(file) if file.endswith(".py") else None
     for depth, _ in enumerate(parts := module.split("."), 1):
         name = ".".join(parts[:depth])
         found = importlib.machinery.PathFinder.find_spec(name, paths)

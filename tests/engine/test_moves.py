@@ -83,7 +83,7 @@ class Member:
 
     def begin(self, entries: list[Entry], start: Positions) -> None:
         """A new life, which repeats all that there is in the journal."""
-        keeper = SimpleNamespace(sequence=0, membership={}, journal=SimpleNamespace(append=self.journal.append))
+        keeper = SimpleNamespace(sequence=0, membership={}, append=self.journal.append)
         self.out: list[Outgoing] = []
         self.core = small_core()
         self.core._joined = self._joined  # type: ignore[method-assign]

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import urllib.request
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
@@ -105,6 +106,15 @@ def append_events(project: Path, count: int) -> None:
         file.write("".join(fresh))
 
 
+def append_labels(project: Path, count: int) -> None:
+    events = (project / "events.jsonl").read_text().splitlines()[-count:]
+    lines = [
+        json.dumps({"id": f"more-{n}", "label": 1, "time": json.loads(events[n])["time"]}) + "\n" for n in range(count)
+    ]
+    with (project / "feedback.jsonl").open("a") as file:
+        file.write("".join(lines))
+
+
 # -- what is taken over -------------------------------------------------------------------------------------------
 
 
@@ -176,22 +186,27 @@ def test_the_metrics_and_the_status_tell_of_every_reload(project: Path) -> None:
 
 
 def test_a_background_job_under_way_is_finished_first(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    own, held = Learner.run, []
+    own, begun, go_on = Learner.run, threading.Event(), threading.Event()
 
     def run(learner: Learner, job: Job) -> None:
-        held.append(job)
+        begun.set()
+        assert go_on.wait(30)
         own(learner, job)
 
     async def script(running: Running) -> None:
+        daemon, before = running.daemon, running.daemon.core.counts["updates.learning"]
         monkeypatch.setattr(Learner, "run", run)
-        core = running.daemon.core
-        for _ in range(3):  # whether or not one is under way at this instant, none is lost
-            before = core.counts["labels"]
-            change(project, {"batch_size: 16": "batch_size: 17"}) if core is running.daemon.core else None
-            assert await running.reload() in ("applied", "unchanged")
-            assert running.daemon.core.counts["labels"] == before
-        steps = running.daemon.core.counts["updates.learning"] + running.daemon.core.counts["skipped.learning.reset"]
-        assert steps * 16 <= running.daemon.core.counts["labels"]
+        append_events(project, 64)
+        append_labels(project, 64)
+        await until(begun.is_set)
+        change(project, {"batch_size: 16": "batch_size: 17"})
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(running.reload)
+            await until(lambda: daemon.turn.statistics().tasks_waiting or daemon.turn.locked())
+            assert running.daemon.core.counts["updates.learning"] == before
+            go_on.set()
+        assert running.count("applied") == 1
+        assert running.daemon.core.counts["updates.learning"] > before
 
     drive(project, script, events=64)
 
