@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import os
 import re
@@ -23,6 +25,7 @@ from streams.base import Message, Partition
 from streams.codec import encode_event, encode_feedback
 from streams.kafka import KafkaSettings
 from tests.broker.helpers import LIMIT, AnySink, TopicFactory, fresh_group, named_for
+from tests.crash.zygote import Zygote
 
 POLICY = """\
 version: 1
@@ -147,8 +150,16 @@ class Topics:
         ]
 
 
+@functools.cache
+def zygote() -> Zygote:
+    """What lives are forked from: starting Python with PyTorch anew would take longer than most tests."""
+    made = Zygote()
+    atexit.register(made.__exit__)
+    return made
+
+
 class Process:
-    """One life of a daemon."""
+    """One life of a daemon: forked, or with ``variables`` a program of its own, as an operator starts it."""
 
     def __init__(
         self,
@@ -159,31 +170,40 @@ class Process:
         variables: Mapping[str, str] | None = None,
     ) -> None:
         self.log = directory / f"log-{time.monotonic_ns()}"
-        arguments = [part for flag in flags for part in ("--set", flag)]
-        program = f"{before}\nfrom engine.cli import main\nmain()"
-        start = ["-c", program] if before else ["-m", "engine.cli"]
+        arguments = ["run", str(directory / "policy.yaml"), *[part for flag in flags for part in ("--set", flag)]]
+        self._address = ""
+        self._program: subprocess.Popen[bytes] | None = None
+        if variables is None:
+            self._life = zygote().start(arguments, {}, self.log, before)
+            self.pid = self._life.pid
+            return
         with self.log.open("wb") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, *start, "run", str(directory / "policy.yaml"), *arguments],
+            self._program = subprocess.Popen(
+                [sys.executable, "-c", f"{before}\nfrom engine.cli import main\nmain()", *arguments],
                 stdout=log,
                 stderr=log,
-                env={**os.environ, "OMP_NUM_THREADS": "1", **(variables or {})},
+                env={**os.environ, "OMP_NUM_THREADS": "1", **variables},
             )
-        self._address = ""
+        self.pid = self._program.pid
+
+    @property
+    def ended(self) -> int | None:
+        """The exit code, negative for a signal; None while it lives."""
+        return self._life.ended if self._program is None else self._program.poll()
 
     @property
     def alive(self) -> bool:
-        return self._process.poll() is None
+        return self.ended is None
 
     @property
     def memory(self) -> int:
         """Bytes that are resident."""
-        return int(psutil.Process(self._process.pid).memory_info().rss)
+        return int(psutil.Process(self.pid).memory_info().rss)
 
     @property
     def arguments(self) -> str:
         """What everybody on this machine can read of how it was started."""
-        return " ".join(psutil.Process(self._process.pid).cmdline())
+        return " ".join(psutil.Process(self.pid).cmdline())
 
     @property
     def words(self) -> str:
@@ -213,7 +233,7 @@ class Process:
         deadline = time.monotonic() + limit
         status: dict[str, Any] = {}
         while time.monotonic() < deadline:
-            assert self.alive, f"the daemon ended with {self._process.returncode}: {self.words}"
+            assert self.alive, f"the daemon ended with {self.ended}: {self.words}"
             try:
                 status = self.status()
             except OSError:
@@ -224,25 +244,26 @@ class Process:
             time.sleep(0.02)
         raise AssertionError(f"not within {limit:g} s; last status {status}; log {self.words}")
 
-    @property
-    def pid(self) -> int:
-        return self._process.pid
-
     def send(self, sign: signal.Signals) -> None:
-        self._process.send_signal(sign)
+        if self.alive:
+            os.kill(self.pid, sign)
 
     def kill(self) -> None:
         """SIGKILL, as the kernel or an operator in a hurry sends it."""
-        self._process.send_signal(signal.SIGKILL)
-        self._process.wait()
+        self.send(signal.SIGKILL)
+        self.wait()
 
     def terminate(self) -> int:
         """SIGTERM; its exit code."""
-        self._process.send_signal(signal.SIGTERM)
+        self.send(signal.SIGTERM)
         return self.wait()
 
     def wait(self, limit: float = LIMIT) -> int:
-        return self._process.wait(timeout=limit)
+        if self._program is not None:
+            return self._program.wait(timeout=limit)
+        code = self._life.wait(limit)
+        assert code is not None, f"it has not ended within {limit:g} s: {self.words}"
+        return code
 
 
 class Daemon:

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,10 +83,10 @@ class Zygote:
         self._process.wait(timeout=30)
         stdout.close()
 
-    def start(self, arguments: Sequence[str], environment: Mapping[str, str], log: Path) -> Life:
-        """Begin a life with these arguments of the command line; ``log`` is appended to."""
+    def start(self, arguments: Sequence[str], environment: Mapping[str, str], log: Path, before: str = "") -> Life:
+        """Begin a life with these arguments of the command line, ``before`` run first; ``log`` is appended to."""
         log.touch()
-        request = {"arguments": list(arguments), "environment": dict(environment), "log": str(log)}
+        request = {"arguments": list(arguments), "environment": dict(environment), "log": str(log), "before": before}
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(request).encode() + b"\n")
         self._process.stdin.flush()
@@ -132,6 +133,8 @@ IMPORTS = (
     "engine.launch",
     "streams.kafka",
     "streams.kafka_sink",
+    "streams.confluent_sink",
+    "streams.confluent_source",
     "torch._dynamo",  # optimizers import it when they are made
     "uvicorn.lifespan.off",  # and these the server, when it starts
     "uvicorn.protocols.http.auto",
@@ -156,13 +159,16 @@ def _child(request: dict[str, Any]) -> NoReturn:
         seams.arm(os.environ.get("ADAPTD_FAILPOINT", ""))
         sys.argv = ["adaptd", *request["arguments"]]
         try:
+            exec(request["before"], {})
             cli.main()
             code = 0
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else 0
+    except BaseException:  # noqa: BLE001 - whatever it is, the log of this life is to hold it
+        traceback.print_exc()
+    finally:
         sys.stdout.flush()
         sys.stderr.flush()
-    finally:
         os._exit(code)
 
 
