@@ -136,18 +136,22 @@ class Topics:
         )
 
     def flags(self, bootstrap: str, client: str) -> list[str]:
-        extra = ", ".join(f"{key}: {value}" for key, value in named_for(client, QUICK_GROUP).items())
         return [
             f"streams.kafka.client={client}",
             f"streams.kafka.bootstrap_servers={bootstrap}",
             f"streams.kafka.group={self.group}",
-            f"streams.kafka.extra={{{extra}}}",
+            extra_of(client, {}),
             f"streams.data.kafka={self.data}",
             f"streams.feedback.kafka={self.feedback}",
             f"streams.predictions.kafka={self.predictions}",
             f"streams.dead_letters.kafka={self.dead_letters}",
             "metrics.port=0",
         ]
+
+
+def extra_of(client: str, extra: Mapping[str, int]) -> str:
+    settings = named_for(client, {**QUICK_GROUP, **extra})
+    return f"streams.kafka.extra={{{', '.join(f'{key}: {value}' for key, value in settings.items())}}}"
 
 
 @functools.cache
@@ -284,11 +288,19 @@ class Daemon:
         (directory / "model.py").write_text(model)
         self.directory = directory
         self.topics = topics
+        self._client = client
         self._flags = topics.flags(bootstrap, client)
         self._lives: list[Process] = []
 
-    def start(self, *flags: str, before: str = "", variables: Mapping[str, str] | None = None) -> Process:
-        flags = (*self._flags, *flags)
+    def start(
+        self,
+        *flags: str,
+        before: str = "",
+        variables: Mapping[str, str] | None = None,
+        extra: Mapping[str, int] | None = None,
+    ) -> Process:
+        """Begin a life; ``extra`` settings of the client come under kafka-python's names, whatever the client."""
+        flags = (*self._flags, *([extra_of(self._client, extra)] if extra else []), *flags)
         life = Process(self.directory, flags, before=before, variables=variables)
         self._lives.append(life)
         return life

@@ -88,7 +88,7 @@ def test_records_that_retention_takes_while_the_daemon_reads_are_told(
 ) -> None:
     topics = Topics.make(topic)
     send(sink(topics.data), small_events(0, 5000))
-    life = daemons(topics, model=SLOW).start("streams.kafka.extra.max_partition_fetch_bytes=4000")
+    life = daemons(topics, model=SLOW).start(extra={"max_partition_fetch_bytes": 4000})
     life.until(lambda status: status["events"] >= 8)
     admin.delete_records({TopicPartition(topics.data, 0): 5000})
     refused(life, 78, f"of {topics.data}-0 is gone, the earliest is 5000", "retention.ms")
@@ -117,7 +117,7 @@ def test_a_topic_that_was_made_anew_while_the_daemon_was_down_is_told(
     remade(admin, topics.data)
     send(sink(topics.data), small_events(0, 40))
     life = daemon.start()
-    refused(life, 78, topics.data, "made anew", "fresh state directory and group")
+    refused(life, 78, topics.data, "made anew", "--fresh")
 
 
 def test_a_topic_that_is_made_anew_while_the_daemon_reads_is_told(
@@ -125,7 +125,7 @@ def test_a_topic_that_is_made_anew_while_the_daemon_reads_is_told(
 ) -> None:
     topics = Topics.make(topic)
     send(sink(topics.data), small_events(0, 100))
-    life = daemons(topics).start("streams.kafka.extra.metadata_max_age_ms=500")
+    life = daemons(topics).start(extra={"metadata_max_age_ms": 500})
     life.until(lambda status: status["events"] == 100)
     remade(admin, topics.data)
     refused(life, 78, topics.data, "made anew", "fresh state directory and group")
@@ -229,9 +229,7 @@ def test_a_dead_letter_topic_that_goes_away_is_waited_for_and_no_letter_is_dropp
 ) -> None:
     topics = Topics.make(topic)
     events = sink(topics.data)
-    life = daemons(topics).start(
-        "streams.kafka.timeout=2", "streams.kafka.extra.metadata_max_age_ms=500", "batching.max_size=1"
-    )
+    life = daemons(topics).start("streams.kafka.timeout=2", "batching.max_size=1", extra={"metadata_max_age_ms": 500})
     send(events, small_events(0, 20))
     life.until(lambda status: status["events"] == 20)
     admin.delete_topics([topics.dead_letters])
@@ -306,7 +304,7 @@ def test_a_frozen_broker_is_waited_for_and_the_lag_is_seen_in_records_and_second
 ) -> None:
     topics = Topics.make(topic)
     events = sink(topics.data)
-    life = daemons(topics).start("streams.kafka.extra.request_timeout_ms=6000")
+    life = daemons(topics).start(extra={"request_timeout_ms": 6000})
     send(events, small_events(0, 100))
     life.until(lambda status: status["events"] == 100)
     events.send(small_events(100, 100))

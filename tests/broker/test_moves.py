@@ -179,9 +179,9 @@ def test_a_step_longer_than_the_poll_interval_costs_no_partition_and_no_answer(
 ) -> None:
     topics = Topics.make(topic, partitions=2)
     slow = SLOW.replace("0.05", "0.05 if len(x) < 8 else 4")
-    extra = "{session_timeout_ms: 2000, heartbeat_interval_ms: 300, max_poll_interval_ms: 2000}"
+    extra = {"session_timeout_ms": 2000, "heartbeat_interval_ms": 300, "max_poll_interval_ms": 2000}
     daemon = daemons(topics, "first", model=slow)
-    life = daemon.start(f"streams.kafka.extra={extra}", "learning.mode=inline", "batching.max_delay=1s")
+    life = daemon.start("learning.mode=inline", "batching.max_delay=1s", extra=extra)
     life.until(lambda status: len(status["partitions"]) == 4)
     started = time.monotonic()
     send(sink(topics.data), small_events(0, 16))
