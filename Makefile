@@ -1,5 +1,7 @@
 PYTHON ?= python
 export PYTHONDONTWRITEBYTECODE ?= 1
+# Processes that tests are spread over; 0 runs them in one.
+WORKERS ?= 2
 
 .PHONY: check test broker crash bench docs format
 
@@ -11,13 +13,13 @@ check:  ## format, lint, types, import arrows, generated docs
 	$(PYTHON) -m engine.reference --check
 
 test:  ## the default tier: no broker, no kills, no GPU
-	$(PYTHON) -m pytest -m "not broker and not crash" tests
+	$(PYTHON) -m pytest -n $(WORKERS) -m "not broker and not crash" tests
 
 broker:  ## against a real Apache Kafka
-	$(PYTHON) -m pytest -m broker tests/broker
+	$(PYTHON) -m pytest -n $(WORKERS) -m broker tests/broker
 
 crash:  ## 1,000 kills on files and on a real Kafka; ADAPTD_CRASH_KILLS=100 or ADAPTD_CRASH_SECONDS=300 for fewer
-	$(PYTHON) -m pytest -m crash tests/crash
+	$(PYTHON) -m pytest -n $(WORKERS) --dist loadfile -m crash tests/crash
 
 bench:  ## every benchmark, results into benchmarks/results
 	$(PYTHON) -m benchmarks
