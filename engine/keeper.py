@@ -29,10 +29,9 @@ from engine.errors import StorageError
 from policies.interfaces import State, load_weights
 from streams.base import Positions, StreamError
 from streams.journal import Entry, Journal, JournalUnavailableError
-from streams.seams import Clock, SystemClock, failpoint
+from streams.seams import CLOCK, Clock, failpoint
 
 BACKOFF_SECONDS = (0.05, 0.2, 0.5, 1.0, 2.0)
-CLOCK = SystemClock()
 
 log = structlog.get_logger("adaptd")
 

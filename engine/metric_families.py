@@ -15,6 +15,7 @@ import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector, Summary
 
 from engine import __version__
+from streams.seams import CLOCK, Clock
 
 SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 """Buckets of durations."""
@@ -36,7 +37,8 @@ class Families:
         registry: Where to register; a new one unless given, so that several engines fit into one process.
     """
 
-    def __init__(self, registry: CollectorRegistry | None = None) -> None:
+    def __init__(self, registry: CollectorRegistry | None = None, clock: Clock = CLOCK) -> None:
+        self.clock = clock
         self.registry = CollectorRegistry() if registry is None else registry
         self._declare_streams()
         self._declare_joins()
@@ -81,7 +83,7 @@ class Families:
             "latency_seconds", "From the oldest record of a batch being appended to its answers", LATENCY_SECONDS
         )
         self.progress = self._gauge("progress_timestamp_seconds", "When a batch was last applied; at first, the start")
-        self.progress.set_to_current_time()
+        self.progress.set(self.clock.time())
 
     def _declare_joins(self) -> None:
         self.events = self._counter("events", "Events answered")
@@ -158,7 +160,7 @@ class Families:
         self.checkpointed = self._gauge(
             "checkpoint_timestamp_seconds", "When a checkpoint last became durable; at first, the start"
         )
-        self.checkpointed.set_to_current_time()
+        self.checkpointed.set(self.clock.time())
         self.restarts = self._counter("restarts", "Times that the state was taken over from another process")
         self.replayed_batches = self._counter("replayed_batches", "Batches repeated from the journal")
         self.rebuilding = self._gauge("rebuild_records", "Records still to read before waiting joins are complete")

@@ -9,7 +9,6 @@ checkpoint carries over start at 0 all the same, as a counter must after a resta
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -23,6 +22,7 @@ from policies.interfaces import StepKind
 from streams.base import Partition
 from streams.codec import Event, Feedback, Reason
 from streams.join import KINDS
+from streams.seams import CLOCK, Clock
 
 if TYPE_CHECKING:
     from engine.core import Core
@@ -41,10 +41,11 @@ class Metrics(Families):
 
     Args:
         registry: Where to register; a new one unless given, so that several engines fit into one process.
+        clock: Tells the wall-clock time that ages and delays are reported by; nothing else of the engine looks at it.
     """
 
-    def __init__(self, registry: CollectorRegistry | None = None) -> None:
-        super().__init__(registry)
+    def __init__(self, registry: CollectorRegistry | None = None, clock: Clock = CLOCK) -> None:
+        super().__init__(registry, clock)
         self._stages = {stage: self.stage_duration.labels(stage) for stage in STAGES}
         # Series that exist from the start: an increase from nothing to 1 is none to Prometheus.
         for kind in StepKind:
@@ -71,7 +72,7 @@ class Metrics(Families):
 
     def batch(self, events: Sequence[Event], predict: float, adapt: float) -> None:
         """Note a batch of data that was answered in ``predict`` seconds and then adapted to in ``adapt`` seconds."""
-        now = time.time()
+        now = self.clock.time()
         self.batch_size.observe(len(events))
         self._stages["predict"].observe(predict)
         self._stages["adapt"].observe(adapt)
@@ -82,7 +83,7 @@ class Metrics(Families):
 
     def feedback(self, items: Sequence[Event | Feedback], seconds: float) -> None:
         """Note a batch of feedback that was joined in ``seconds``."""
-        now = time.time()
+        now = self.clock.time()
         self._stages["join"].observe(seconds)
         self.feedback_received.set(now)
         self._applied(items, now)
@@ -112,7 +113,7 @@ class Metrics(Families):
         self.checkpoint_duration.observe(seconds)
         self._stages["checkpoint"].observe(seconds)
         self.checkpoint_size.set(size)
-        self.checkpointed.set_to_current_time()
+        self.checkpointed.set(self.clock.time())
 
     def checkpoint_failed(self) -> None:
         """Note a checkpoint that could not be written."""
@@ -155,7 +156,7 @@ class Metrics(Families):
             self.entropy.observe(core.entropy)
         if core.release != self._release:
             if self._release is not None:
-                self.released.set_to_current_time()
+                self.released.set(self.clock.time())
             self._release = core.release
         if core.last_job is not self._job and core.last_job is not None:
             self._job = core.last_job
@@ -206,7 +207,7 @@ class Metrics(Families):
         paused = {stream for reader in daemon.readers for stream in reader.paused}
         for stream in taken:
             self.paused.labels(stream).set(stream in paused)
-        now, seen = time.time(), set[Partition]()
+        now, seen = self.clock.time(), set[Partition]()
         for reader, behind in zip(daemon.readers, waiting, strict=True):
             for partition, lag in dict(reader.lag).items():
                 seen.add(partition)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import json
 import signal
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -134,7 +133,7 @@ class Reloader:
         self._daemon.metrics.reloads.labels(result).inc()
         error = None if problem is None else _told(problem)
         self._shown["digest"] = self.loaded.digest
-        self._shown["reload"] = {"result": result, "time": round(time.time(), 3), "error": error}
+        self._shown["reload"] = {"result": result, "time": round(self._daemon.metrics.clock.time(), 3), "error": error}
         if error is None:
             log.info(
                 "policy_applied" if result == "applied" else "policy_unchanged", why=why, digest=self.loaded.digest

@@ -79,6 +79,9 @@ class SystemClock:
         return time.time()
 
 
+CLOCK = SystemClock()
+
+
 def _parse(text: str) -> dict[str, int]:
     armed: dict[str, int] = {}
     for part in filter(None, text.split(",")):

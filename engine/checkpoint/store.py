@@ -46,6 +46,7 @@ from engine.checkpoint.manifest import FileEntry, Manifest
 from engine.checkpoint.quarantine import Quarantine
 from engine.checkpoint.strict import Json
 from engine.errors import StorageError
+from streams.seams import CLOCK
 
 RESERVE_BYTES = 64 << 20
 """Room that a save leaves on the disk by default."""
@@ -75,7 +76,7 @@ class CheckpointStore:
         keep: int = 3,
         disk: Disk | None = None,
         reserve_bytes: int = RESERVE_BYTES,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] = CLOCK.time,
     ) -> None:
         if keep < 3:
             raise ValueError(f"keep must be at least 3, not {keep}")

@@ -58,6 +58,7 @@ def daemon_on(
     high: int = 1000,
     transactions: Transactions | None = None,
     window: float = 1e6,
+    metrics: Metrics | None = None,
 ) -> Iterator[Daemon]:
     """A daemon as `engine.launch` puts it together, on a state directory that it holds until the block ends."""
     core = core or make_core(background=not by_time)
@@ -71,7 +72,7 @@ def daemon_on(
         def flushed(reached: Positions, floors: Positions) -> None:
             readers[0].commit(reached, floors)
 
-        metrics = Metrics(CollectorRegistry())
+        metrics = metrics or Metrics(CollectorRegistry())
         writer = Writer(
             predictions or MemorySink(),
             letters,
