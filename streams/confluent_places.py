@@ -12,6 +12,7 @@ from streams.confluent_client import Watch
 from streams.confluent_commits import Commits
 from streams.confluent_fetch import Flow
 from streams.confluent_placing import look_up
+from streams.confluent_transactions import Membership
 from streams.kafka_fetch import gone
 from streams.kafka_rebalance import check_together
 
@@ -50,6 +51,11 @@ class Places:
         """Partitions that are new and wait for their position; an empty list if the group has given us none."""
         self.kept = False
         """Whether the partitions are ours from before an outage, and the group has not spoken yet."""
+        self.membership: Membership | None = None
+        """What the group knew us as when it gave us these partitions; None while it has given none.
+
+        Kept here for other threads: a call of theirs into the consumer would wait for a poll to end, and starve.
+        """
         self.rebalances = 0
         self.changed = False
         """Whether partitions came or went; whoever looks sets it back."""
@@ -112,6 +118,7 @@ class Places:
     def keep(self) -> None:
         """Wait for what the group says after an outage."""
         self.kept = self.changed = True
+        self.membership = None
         self.unplaced = None
 
     def hand_over(self, consumer: Consumer, *, lost: bool) -> None:
@@ -130,6 +137,7 @@ class Places:
     def let_go(self) -> None:
         """Forget all partitions."""
         self.kept = False
+        self.membership = None
         self.unplaced = None
         self.positions.clear()
         self._ends.clear()
@@ -159,6 +167,8 @@ class Places:
         placed = [TopicPartition(*partition, start) for partition, start in starts.items()]
         consumer.resume(placed)  # librdkafka remembers what was paused of a partition that comes back
         (consumer.incremental_assign if more else consumer.assign)(placed)
+        if member_id := consumer.memberid():
+            self.membership = Membership(consumer.consumer_group_metadata(), member_id)
 
     def _is_as_before(self, found: dict[Partition, Found]) -> bool:
         return found.keys() == self.positions.keys() and all(self._commits.are_ours(p, at) for p, at in found.items())

@@ -244,11 +244,7 @@ class ConfluentSource:
 
     def group_metadata(self) -> Membership | None:
         """This member as the group knows it, for offsets in a transaction; None while it does not. From any thread."""
-        consumer = self._consumer
-        if consumer is None or self._places.kept:
-            return None
-        member_id = consumer.memberid()
-        return Membership(consumer.consumer_group_metadata(), member_id) if member_id else None
+        return None if self._consumer is None else self._places.membership
 
     def lag(self) -> dict[Partition, int]:
         """Records between the position of `poll` and the end of each partition as of its last fetch."""

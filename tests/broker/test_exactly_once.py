@@ -66,6 +66,7 @@ def settle(settings: KafkaSettings, topics: Topics, count: int, life: Process, b
         assert time.monotonic() < deadline, life.words
         assert life.alive, life.words
         time.sleep(0.2)
+    life.until(lambda status: status["state"] != "starting", LIMIT)  # only then does it drain
     assert life.terminate() == 0, life.words
     assert once(settings, topics, count, bad)
 
@@ -137,7 +138,9 @@ def test_a_kill_at_every_step_of_a_transaction_leaves_each_answer_once(
     for call, nth, after in MOMENTS:
         life = daemon.start(*FLAGS, before=at(settings.client, call, nth, after=after))
         life.until(lambda status: status["state"] != "starting")
-        for _ in range(nth):
+        deadline = time.monotonic() + LIMIT
+        while life.alive:
+            assert time.monotonic() < deadline, life.words
             send(events, small_events(count, 20))
             count += 20
             time.sleep(0.3)
