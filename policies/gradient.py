@@ -188,7 +188,8 @@ class Anchor:
 
     def reset(self) -> None:
         """Return to the source model's values."""
-        torch._foreach_copy_(list(self.values.values()), list(self._source.values()))
+        if self.values:
+            torch._foreach_copy_(list(self.values.values()), list(self._source.values()))
 
     def state_dict(self) -> State:
         """The values by name, not copied."""

@@ -15,8 +15,10 @@ from policies.interfaces import Method, PolicyError
 
 METHODS: dict[str, dict[str, str]] = {
     "adaptation": {
+        "auto": "policies.adaptation.auto:Auto",
         "none": "policies.adaptation.none:NoAdaptation",
         "bn": "policies.adaptation.bn:BatchNormAdaptation",
+        "class_bn": "policies.adaptation.class_bn:ClassAdjustedBatchNorm",
         "tent": "policies.adaptation.tent:Tent",
         "rotta": "policies.adaptation.rotta:RoTTA",
         "lame": "policies.adaptation.lame:LAME",
