@@ -138,7 +138,7 @@ class PageHinkley:
         alarms: How often it went.
     """
 
-    tolerance: float = 0.005
+    tolerance: float = 0.05
     threshold: float = 1.0
     alarms: int = 0
     count: int = 0

@@ -5,6 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 
+import torch
+from torch import Tensor
+
+from policies.interfaces import State
+
 _log = logging.getLogger(__name__)
 
 
@@ -55,65 +60,81 @@ class Switch:
 
 
 class Trials:
-    """Whether answering in one way is worse than in another, by the entropy of both on the same rows.
+    """Whether answering in one way is worse than in another, by what both tell of the same rows.
 
-    Of two ways to use the same weights, the one whose answers are surer is the better one far more often than not;
-    averages of late trials are compared. Trials are dense while they speak against the way that is in force, and grow
-    rare, up to every ``SPARSE``-th batch, while they speak for it.
+    The information of answers ``p`` about their rows, ``I = H(mean p) - mean H(p)``, is high where rows are answered
+    surely and differently. Of two ways to use the same weights, the one with more of it is the better one far more
+    often than not; surety alone would praise a model that puts all rows into a few classes. A trial is ``window`` rows
+    answered both ways; trials are averaged, the late ones most. They follow one another while they speak against the
+    way in force, and grow rare, up to one window in ``SPARSE``, while they speak for it.
 
     Args:
-        limit: The way in force is worse where its entropy is more than this times the other's.
+        num_classes: ``K``.
+        window: Rows of a trial.
+        limit: The way in force is worse where it lacks information by more than this share of the other's mean entropy.
         patience: Trials that it takes to say so.
     """
 
     SPARSE = 16
-    SMOOTHING = 0.3
+    SMOOTHING = 0.2
 
-    def __init__(self, limit: float, patience: int) -> None:
-        self._limit, self._patience = limit, patience
+    def __init__(self, num_classes: int, window: int, limit: float, patience: int) -> None:
+        self._classes, self._window, self._limit, self._patience = num_classes, window, limit, patience
         self.reset()
 
     def reset(self) -> None:
         """Forget all trials."""
         self.count = 0
-        self._spacing = self._wait = 1
-        self._ours = self._other = 0.0
+        self._spacing, self._wait, self._rows = 1, 0, 0
+        self._sums = torch.zeros(2, self._classes + 1, dtype=torch.float64)
+        """Of the rows of the trial under way, in force and otherwise: probabilities, and their entropies."""
+        self._means = torch.zeros_like(self._sums)
 
-    def due(self) -> bool:
-        """Whether to try with this batch."""
-        self._wait -= 1
+    def due(self, rows: int) -> bool:
+        """Whether to try with this batch of so many rows."""
+        self._wait -= rows
         return self._wait <= 0
 
     @property
-    def ratio(self) -> float:
-        """Entropy of the way in force in units of the other's; 1 without trials."""
-        return self._ours / self._other if self._other > 0 else 1.0
+    def loss(self) -> float:
+        """Information that the way in force lacks, in units of the other's mean entropy; negative where it has more."""
+        if not self.count:
+            return 0.0
+        entropy = self._means[:, -1]
+        information = torch.special.entr(self._means[:, :-1]).sum(1) - entropy
+        return float((information[1] - information[0]) / entropy[1].clamp_min(1e-9))
 
     @property
     def worse(self) -> bool:
         """Whether the way in force is worse."""
-        return self.count >= self._patience and self.ratio > self._limit
+        return self.count >= self._patience and self.loss > self._limit
 
-    def see(self, ours: float, other: float) -> None:
-        """Take in a trial: mean entropies of the way in force and of the other."""
+    def see(self, ours: Tensor, other: Tensor) -> None:
+        """Take in logits ``(n, K)``, all finite, of the same rows: of the way in force, and of the other."""
+        for side, logits in enumerate((ours, other)):
+            chances = logits.double().softmax(1)
+            self._sums[side, :-1] += chances.sum(0).cpu()
+            self._sums[side, -1] += float(torch.special.entr(chances).sum())
+        self._rows += len(ours)
+        if self._rows < self._window:
+            return
         self.count += 1
-        share = max(self.SMOOTHING, 1 / self.count)
-        self._ours += share * (ours - self._ours)
-        self._other += share * (other - self._other)
-        self._spacing = 1 if self.ratio > self._limit else min(2 * self._spacing, self.SPARSE)
-        self._wait = self._spacing
+        self._means += max(self.SMOOTHING, 1 / self.count) * (self._sums / self._rows - self._means)
+        self._spacing = 1 if self.loss > self._limit else min(2 * self._spacing, self.SPARSE)
+        self._wait = (self._spacing - 1) * self._window + 1
+        self._sums.zero_()
+        self._rows = 0
 
-    def state_dict(self) -> dict[str, float]:
+    def state_dict(self) -> State:
         """All numbers."""
-        return {"count": self.count, "spacing": self._spacing, "wait": self._wait} | {
-            "ours": self._ours,
-            "other": self._other,
-        }
+        counts = [self.count, self._spacing, self._wait, self._rows]
+        return {"counts": counts, "sums": self._sums, "means": self._means}
 
-    def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Take over a state."""
-        self.count, self._spacing, self._wait = int(state["count"]), int(state["spacing"]), int(state["wait"])
-        self._ours, self._other = float(state["ours"]), float(state["other"])
+    def load_state_dict(self, state: State) -> None:
+        """Take over a copy of a state."""
+        self.count, self._spacing, self._wait, self._rows = map(int, state["counts"])
+        self._sums.copy_(state["sums"])
+        self._means.copy_(state["means"])
 
 
 class Calm:

@@ -40,7 +40,7 @@ class Auto(Adaptation):
     - ``adapting``: layers normalise with the statistics of the stream, adjusted for classes, and the more balanced over
       classes windows are, with those of the batch: its share is ``share B / (B + 16) max(0, 1 - imbalance / limit)``.
       Now and then a batch is answered with the source model's statistics too (`policies.modes.Trials`); where those
-      make answers surer, all goes back to the source model, until the entropy of its answers rises or some time has
+      tell more, all goes back to the source model, until the entropy of its answers rises or some time has
       passed (`policies.modes.Calm`). Auto starts adapting: the first batches decide.
     - ``correlated``: a class stays from one row to the next with probability ``persistence`` at least. Then answers are
       those of the class chain; else the model's.
@@ -72,8 +72,8 @@ class Auto(Adaptation):
         Attributes:
             window: Rows between two looks at the stream.
             patience: Looks in a row that it takes to change a switch.
-            worse: Entropy while adapting, in units of that with the source model's statistics, from which on adapting
-                does not pay.
+            worse: Information that answers lack while adapting, in units of the entropy with the source model's
+                statistics, from which on adapting does not pay.
             risen: Rise of the entropy while calm, as a factor, from which on adapting is tried again.
             moved: Distance of features, in deviations, from which on a model without BatchNorm is adapted.
             reference: Rows at the start that those distances are from.
@@ -88,7 +88,7 @@ class Auto(Adaptation):
 
         window: int = Field(default=64, ge=2)
         patience: int = Field(default=3, ge=1)
-        worse: float = Field(default=1.1, ge=1)
+        worse: float = Field(default=0.1, ge=0)
         risen: float = Field(default=1.15, ge=1)
         moved: float = Field(default=0.25, ge=0)
         reference: int = Field(default=256, ge=2)
@@ -111,7 +111,7 @@ class Auto(Adaptation):
         )
         self._chain = ClassChain(context.num_classes)
         self._view = StreamView(context, params.window, 0 if len(self._statistics) else params.reference)
-        self._trials = Trials(params.worse, params.patience)
+        self._trials = Trials(context.num_classes, params.window, params.worse, params.patience + 1)
         self._calm = Calm(params.risen, FIRST_TRY)
         self._moved = Switch("adapting", params.moved, params.patience)
         self._anchor = Anchor(context, self.adapted)
@@ -143,7 +143,7 @@ class Auto(Adaptation):
         inputs = fastest(batch.inputs)
         self._batches += 1
         share = self._share(len(batch)) if self._adapting else 0.0
-        if self._adapting and len(self._statistics) and self._trials.due():
+        if self._adapting and len(self._statistics) and self._trials.due(len(batch)):
             logits = self._try(inputs, share)
         elif self._step_due(share):
             self._waiting = (inputs, share)
@@ -183,8 +183,7 @@ class Auto(Adaptation):
             torch._foreach_copy_(list(self._named.values()), live)
         good = ours.isfinite().all(1) & other.isfinite().all(1)
         if bool(good.any()):
-            entropies = [float(softmax_entropy(side[good]).entropy.mean()) for side in (ours, other)]
-            self._trials.see(*entropies)
+            self._trials.see(ours[good], other[good])
         return logits
 
     def _share(self, rows: int) -> float:
@@ -267,7 +266,7 @@ class Auto(Adaptation):
             self._trials.reset()
             self._moved.set(True, "the answers tell that it is worth a try")
         elif self._adapting and self._trials.worse:
-            self._moved.set(False, f"entropy {self._trials.ratio:.3g} times that of the source model's statistics")
+            self._moved.set(False, f"it costs information: {self._trials.loss:.3g} of the entropy")
             self._settle()
         self._publish()
 
@@ -303,7 +302,7 @@ class Auto(Adaptation):
             "falls": self._falls,
             "drift": self._statistics.drift(),
             "persistence": self._chain.stay,
-            "trials_ratio": self._trials.ratio,
+            "information_lost": self._trials.loss,
             "rows_rejected": self._statistics.rejected,
         }
 

@@ -1,0 +1,193 @@
+"""Auto on small streams: what it enters, what it leaves, and what it returns to."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from policies.interfaces import Adaptation, Batch
+from policies.modes import Calm, Switch, Trials
+from policies.safeguards.collapse import Collapse
+from tests.policies.models import batch_of, build, carried, same_weights, weights_of
+
+CLASSES = 4
+
+
+def points(classes: Tensor, shift: float, generator: torch.Generator) -> Tensor:
+    """Rows of eight features around a corner for each class, moved by ``shift``."""
+    corners = 2.5 * torch.eye(CLASSES).repeat(1, 2)
+    direction = torch.tensor([2.0, -2.0, 1.0, 0.0, 2.0, -2.0, 1.0, 0.0])
+    return corners[classes] + 0.8 * torch.randn(len(classes), 8, generator=generator) + shift * direction
+
+
+@pytest.fixture(scope="module")
+def source() -> nn.Module:
+    """A model that has learned the four corners."""
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, CLASSES)).train()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    for _ in range(200):
+        classes = torch.randint(CLASSES, (64,), generator=generator)
+        loss = nn.functional.cross_entropy(model(points(classes, 0.0, generator)), classes)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.zero_grad(set_to_none=True)
+    return model.eval()
+
+
+def stream(batches: int, shift: float, run: int, rows: int = 64, seed: int = 1) -> Iterator[tuple[Batch, Tensor]]:
+    """Batches whose classes stay for ``run`` rows; independent ones where ``run`` is 0."""
+    generator = torch.Generator().manual_seed(seed)
+    total = batches * rows
+    classes = torch.randint(CLASSES, (total,), generator=generator)
+    if run:
+        classes = (torch.arange(total) // run * 3 + torch.arange(total) // (run * CLASSES)) % CLASSES
+    inputs = points(classes, shift, generator)
+    for first in range(0, total, rows):
+        yield batch_of(inputs[first : first + rows], first), classes[first : first + rows]
+
+
+def errors(method: Adaptation, batches: Iterator[tuple[Batch, Tensor]]) -> float:
+    """Share of wrong answers."""
+    wrong = count = 0
+    for batch, classes in batches:
+        wrong += int((method.adapt(batch).argmax(1) != classes).sum())
+        method.update()
+        count += len(classes)
+    return wrong / count
+
+
+def auto(source: nn.Module, **params: Any) -> Adaptation:
+    method: Adaptation = build("adaptation", "auto", params, source)
+    return method
+
+
+def plain(source: nn.Module) -> Adaptation:
+    method: Adaptation = build("adaptation", "none", {}, source)
+    return method
+
+
+def test_without_drift_it_comes_to_rest_at_the_source_model(source: nn.Module) -> None:
+    method = auto(source)
+    error = errors(method, stream(40, 0.0, 0))
+    assert error <= errors(plain(source), stream(40, 0.0, 0)) + 0.01
+    assert not method.gauges["correlated"]
+
+
+def test_drift_of_mixed_classes_is_adapted_to_with_steps(source: nn.Module) -> None:
+    method = auto(source)
+    error = errors(method, stream(40, 1.2, 0))
+    assert error < 0.7 * errors(plain(source), stream(40, 1.2, 0))
+    assert method.gauges["adapting"]
+    assert not method.gauges["imbalanced"]
+    changed = {
+        key for key, p in method.context.model.named_parameters() if not torch.equal(p, source.state_dict()[key])
+    }
+    assert changed == method.adapted
+
+
+def test_classes_in_runs_are_smoothed_and_no_steps_are_made(source: nn.Module) -> None:
+    method = auto(source)
+    error = errors(method, stream(60, 1.2, 40))
+    assert error < 0.3 * errors(plain(source), stream(60, 1.2, 40))
+    assert method.gauges["correlated"]
+    assert method.gauges["imbalanced"]
+    assert method.gauges["persistence"] > 0.5
+
+
+def test_modes_are_left_again_when_the_stream_changes_back(source: nn.Module, caplog: pytest.LogCaptureFixture) -> None:
+    method = auto(source)
+    with caplog.at_level(logging.INFO, logger="policies"):
+        errors(method, stream(40, 1.2, 40))
+        assert method.gauges["correlated"]
+        assert method.gauges["imbalanced"]
+        errors(method, stream(60, 1.2, 0, seed=2))
+    assert not method.gauges["correlated"]
+    assert not method.gauges["imbalanced"]
+    changes = [record for record in caplog.records if "'auto': " in record.message]
+    assert len(changes) == method.gauges["changes"] >= 4
+
+
+def test_batches_of_one_are_smoothed_too(source: nn.Module) -> None:
+    method = auto(source)
+    error = errors(method, stream(1000, 1.2, 40, rows=1))
+    assert error < 0.6 * errors(plain(source), stream(1000, 1.2, 40, rows=1))
+
+
+def test_a_collapsed_model_goes_back_to_the_source_and_rests(
+    source: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Collapse, "_bad", lambda _: True)
+    method = auto(source, rest=5)
+    for batch, _ in stream(150, 1.2, 0):
+        method.adapt(batch)
+        method.update()
+        if method.gauges["falls"]:
+            break
+    assert method.gauges["falls"] == 1
+    assert method.gauges["resting"] == 5
+    assert same_weights(weights_of(method.context.model), weights_of(source))
+
+
+@pytest.mark.parametrize("cut", [10, 31])
+def test_a_restored_run_goes_on_as_before(source: nn.Module, cut: int) -> None:
+    batches = [batch for batch, _ in stream(50, 1.2, 3)]
+    one, two = auto(source), auto(source)
+    for batch in batches[:cut]:
+        one.adapt(batch)
+        one.update()
+    one.adapt(batches[cut])
+    two.context.model.load_state_dict(carried(one.context.model.state_dict()))
+    two.load_state_dict(carried(one.state_dict()))
+    for method in (one, two):
+        method.update()
+    for batch in batches[cut + 1 :]:
+        assert torch.equal(one.adapt(batch), two.adapt(batch))
+        one.update()
+        two.update()
+    assert one.gauges == two.gauges
+
+
+def test_a_switch_changes_only_where_the_evidence_stays() -> None:
+    switch = Switch("test", 0.4, 3)
+    seen = [switch.see(value) for value in (0.5, 0.5, 0.1, 0.5, 0.5, 0.5, 0.3, 0.3, 0.3, 0.1, 0.1, 0.1)]
+    assert seen == [False] * 5 + [True] * 6 + [False]
+    assert switch.changes == 2
+
+
+def test_trials_tell_the_way_with_less_information_and_grow_rare() -> None:
+    trials = Trials(3, 4, 0.1, 2)
+    sure, unsure = 5 * torch.eye(3)[[0, 1, 2, 0]], torch.eye(3)[[0, 1, 2, 0]]
+    for _ in range(2):
+        trials.see(unsure, sure)
+    assert trials.worse
+    trials = Trials(3, 4, 0.1, 2)
+    waits = []
+    for number in range(200):
+        if trials.due(4):
+            waits.append(number)
+            trials.see(sure, unsure)
+    assert not trials.worse
+    assert [later - earlier for earlier, later in pairwise(waits)][:5] == [2, 4, 8, 16, 16]
+
+
+def test_one_class_for_all_rows_is_not_taken_for_surety() -> None:
+    trials = Trials(3, 4, 0.1, 1)
+    trials.see(torch.eye(3)[[0, 1, 2, 0]] * 3, torch.tensor([[9.0, 0, 0]] * 4))
+    assert trials.loss < 0
+
+
+def test_the_calm_is_over_when_answers_become_unsure_or_after_a_while() -> None:
+    calm = Calm(1.15, 10)
+    assert [calm.over(0.3) for _ in range(10)] == [False] * 9 + [True]
+    calm.begin()
+    assert not any(calm.over(0.3) for _ in range(15))
+    assert any(calm.over(0.5) for _ in range(4))
