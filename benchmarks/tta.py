@@ -40,6 +40,7 @@ STREAMS: dict[str, list[str]] = {"correlated": [], "iid": ["--iid"]}
 PASSES: dict[str, float] = {
     "none": 1,
     "bn": 1,
+    "class_bn": 1,
     "lame": 1,
     "t3a": 1,
     "adanpc": 1,
@@ -62,7 +63,21 @@ PASSES: dict[str, float] = {
 """Passes over a batch, a backward to the normalisation layers counted as one; of chosen rows half, of a bank as many as
 its interval. One divided by it is the speed if nothing else cost."""
 
-METHODS = ("none", "bn:alpha=1", "bn:alpha=0.1", "tent", "eta", "eata", "sar", "roid", "cmf", "lame", "rotta")
+METHODS = (
+    "none",
+    "auto",
+    "class_bn",
+    "bn:alpha=1",
+    "bn:alpha=0.1",
+    "tent",
+    "eta",
+    "eata",
+    "sar",
+    "roid",
+    "cmf",
+    "lame",
+    "rotta",
+)
 
 
 def recorded(bench: Path, stream: str, per_class: int, seed: int) -> dict[str, np.ndarray]:
