@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.broker.conftest import admin, bootstrap, node, settings, topic
+from tests.broker.conftest import admin, bootstrap, client, node, settings, topic
 from tests.crash import workload
 from tests.crash.sweep import FileTrial, Report
 from tests.crash.verifier import truth_of
 from tests.crash.workload import Workload
 from tests.crash.zygote import Zygote
 
-__all__ = ["admin", "bootstrap", "node", "settings", "topic"]
+__all__ = ["admin", "bootstrap", "client", "node", "settings", "topic"]
 
 EVENTS = 600
 POLICIES = {"bn": workload.POLICY, "rotta": workload.ROTTA}
