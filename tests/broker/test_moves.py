@@ -34,11 +34,11 @@ LABEL_COUNTS = ("joined", "late", "orphan", "overflow")
 
 
 @pytest.fixture
-def daemons(tmp_path: Path, bootstrap: str) -> Iterator[Any]:
+def daemons(tmp_path: Path, bootstrap: str, client: str) -> Iterator[Any]:
     made: list[Daemon] = []
 
     def make(topics: Topics, name: str, **content: str) -> Daemon:
-        made.append(Daemon(tmp_path / name, topics, bootstrap, **content))
+        made.append(Daemon(tmp_path / name, topics, bootstrap, client, **content))
         return made[-1]
 
     yield make
