@@ -172,6 +172,11 @@ _TRANSACTION_TIMEOUTS = 1.5
 """Time that a broker leaves a transaction open whose process is gone, in ``settings.timeout``."""
 
 
+def session_seconds(settings: KafkaSettings) -> float:
+    """Seconds after which a group misses a member that does not report."""
+    return float(str(settings.extra.get("session.timeout.ms", 45_000))) / 1000
+
+
 def batch_size(settings: KafkaSettings) -> int:
     """Bytes that a batch may have."""
     return int(str(settings.extra.get("batch.size", _BATCH_SIZE)))

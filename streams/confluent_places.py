@@ -15,6 +15,7 @@ from streams.confluent_placing import look_up
 from streams.confluent_transactions import Membership
 from streams.kafka_fetch import gone
 from streams.kafka_rebalance import check_together
+from streams.kafka_settings import KafkaSettings
 
 PLACING_TIMEOUT = 2.0
 """Seconds that one `poll` may take to find out where newly assigned partitions start; the next one tries again."""
@@ -34,7 +35,9 @@ class Places:
     gives the same ones back and nobody has committed in between, reading goes on as if nothing had happened.
     """
 
-    def __init__(self, topics: Sequence[str], commits: Commits, *, group: bool, member: str, timeout: float) -> None:
+    def __init__(
+        self, topics: Sequence[str], commits: Commits, *, group: bool, member: str, settings: KafkaSettings
+    ) -> None:
         """Prepare.
 
         Args:
@@ -42,7 +45,7 @@ class Places:
             commits: What is committed of it.
             group: Whether offsets are committed at all.
             member: Our name in the group; empty for none.
-            timeout: Seconds to wait for the cluster.
+            settings: How long to wait for the cluster, and how long the group waits for us.
         """
         self.flow = Flow()
         self.positions: Positions = {}
@@ -68,7 +71,7 @@ class Places:
         self._commits = commits
         self._group = group
         self._member = member
-        self._timeout = timeout
+        self._settings = settings
         self._ends: Positions = {}
         self._next_look = time.monotonic() + _GROWTH_INTERVAL
 
@@ -127,9 +130,11 @@ class Places:
         try:
             if self.positions and self.assignment is not None:
                 self.rebalances += 1
+                patience = self._settings.patience
+                deadline = time.monotonic() + patience
                 self.assignment.revoked(sorted(self.positions), lost=lost)
                 if not lost:
-                    self._commits.finish(consumer, self._timeout)
+                    self._commits.finish(consumer, max(deadline - time.monotonic(), 0.2 * patience))
         except BaseException as error:  # noqa: BLE001
             self.failure = error
         self.let_go()
@@ -153,11 +158,16 @@ class Places:
             KafkaException: The cluster does not answer, or may not be asked.
             StreamError: A start position is gone.
         """
+        if member_id := consumer.memberid():
+            # Before the offsets, which are not told while a transaction of ours waits to be ended.
+            self.membership = Membership(consumer.consumer_group_metadata(), member_id)
         partitions = self.unplaced or ()
         found = look_up(consumer, partitions, group=self._group, member=self._member, timeout=timeout)
         more = bool(self.positions) and not self.kept
         if self.kept and not self._is_as_before(found):
+            membership = self.membership
             self.hand_over(consumer, lost=True)
+            self.membership = membership
         starts = self._kept_starts() if self.kept else self._starts(found)
         self.unplaced = None
         for partition, start in starts.items():
@@ -167,8 +177,6 @@ class Places:
         placed = [TopicPartition(*partition, start) for partition, start in starts.items()]
         consumer.resume(placed)  # librdkafka remembers what was paused of a partition that comes back
         (consumer.incremental_assign if more else consumer.assign)(placed)
-        if member_id := consumer.memberid():
-            self.membership = Membership(consumer.consumer_group_metadata(), member_id)
 
     def _is_as_before(self, found: dict[Partition, Found]) -> bool:
         return found.keys() == self.positions.keys() and all(self._commits.are_ours(p, at) for p, at in found.items())
@@ -192,7 +200,7 @@ class Places:
         if time.monotonic() < self._next_look:
             return
         self._next_look = time.monotonic() + _GROWTH_INTERVAL
-        timeout = min(PLACING_TIMEOUT, self._timeout)
+        timeout = min(PLACING_TIMEOUT, self._settings.timeout)
         found = {topic: consumer.list_topics(topic, timeout).topics[topic].partitions for topic in self._topics}
         known = {(topic, n) for topic, numbers in found.items() for n in numbers}
         new = sorted(known - self.positions.keys())

@@ -14,15 +14,18 @@ from typing import Literal
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 
-from streams.base import Assignment, Partition, Positions, Record, StreamError
-from streams.confluent_client import Watch, as_stream_error, error_of, explain, make, no_broker, passes
+from streams.base import Assignment, Partition, Positions, Record, StreamError, StreamUnavailableError
+from streams.confluent_client import Watch, as_stream_error, error_of, explain, holders, make, no_broker, passes
 from streams.confluent_commits import Commits
-from streams.confluent_config import consumer_config
+from streams.confluent_config import consumer_config, session_seconds
 from streams.confluent_fetch import records
 from streams.confluent_places import PLACING_TIMEOUT, Places
 from streams.confluent_placing import ask_for, out_of_range
 from streams.confluent_transactions import Membership
 from streams.kafka_settings import KafkaSettings
+
+_SESSION_MARGIN = 5.0
+"""Seconds after the end of a session within which a group has let go of its member."""
 
 _PROBE_INTERVAL = 1.0
 """Seconds between two looks whether a broker is there again."""
@@ -70,11 +73,10 @@ class ConfluentSource:
         self._member = member
         self._shared = assignment == "group"
         self._consumer: Consumer | None = None
-        self._places = Places(
-            topics, self.commits, group=group is not None, member=member or "", timeout=settings.timeout
-        )
+        self._places = Places(topics, self.commits, group=group is not None, member=member or "", settings=settings)
         self._flow = self._places.flow
         self._next_probe = 0.0
+        self._shut_out: float | None = None
         self._identities: dict[str, str] = {}
 
     @property
@@ -103,7 +105,11 @@ class ConfluentSource:
         if self._consumer is None:
             return ""
         watch = self._places.watch
-        return str(no_broker(self.settings, watch)) if watch.down else self.commits.trouble
+        if watch.down:
+            return str(no_broker(self.settings, watch))
+        if self._shut_out is not None:
+            return f"group {self._group} has shut member {self._member} out: waiting to see whether another goes by it"
+        return self.commits.trouble
 
     def open(self, assignment: Assignment) -> None:
         """Connect; static partitions are taken at once, those of a group as `poll` goes on.
@@ -118,7 +124,7 @@ class ConfluentSource:
         described = ask_for(self.settings, self._topics, together=self._shared)
         self._identities = {topic: found.identity for topic, found in described.items() if found.identity}
         self._places.assignment = assignment
-        self._consumer = self._connect()
+        self._consumer = self._connect(join=self._shared)
         try:
             if not self._shared:
                 partitions = [(topic, n) for topic, found in described.items() for n in range(found.partitions)]
@@ -132,11 +138,11 @@ class ConfluentSource:
             self.close()
             raise
 
-    def _connect(self) -> Consumer:
+    def _connect(self, *, join: bool) -> Consumer:
         self._places.watch = Watch()
         config = consumer_config(self.settings, group=self._group, member=self._member)
         consumer = make(Consumer, config | {"error_cb": self._places.watch.hear, "on_commit": self.commits.done})
-        if self._shared:
+        if join:
             self._places.subscribe(consumer)
         return consumer
 
@@ -147,9 +153,9 @@ class ConfluentSource:
             StreamError: Reading cannot go on: a position is gone, permission was withdrawn, a record is damaged.
         """
         try:
-            if self.commits.fenced:
-                self._join_anew(self._opened())
             consumer = self._opened()
+            if self.commits.fenced:
+                return self._await_name(consumer, timeout)
             self._prepare(consumer)
             came = self._flow.take(max_records) or self._flow.divide(self._fetch(consumer, max_records, timeout))
             self._flow.apply(consumer, self._places.positions)
@@ -340,22 +346,43 @@ class ConfluentSource:
             raise as_stream_error(error, f"reading {', '.join(self._topics)}")
         self.last_error = explain(error)
 
-    def _join_anew(self, consumer: Consumer) -> None:
-        """Deal with a member that was shut out: leave it to a namesake, unless an outage explains it.
+    def _await_name(self, consumer: Consumer, timeout: float) -> Sequence[Record]:
+        """Deal with a member that was shut out: by a namesake, unless an outage explains it.
 
         librdkafka sends a commit that an outage has held back under the member id of before, while it joins again
-        under a new one. The group takes them for two processes, and librdkafka is of no use from then on.
+        under a new one. The group takes them for two processes, and that consumer is of no use from then on. Its own
+        place in the group ends with the session, while that of a namesake lasts.
 
         Raises:
             StreamError: Another process has our name.
         """
-        if not self._places.echoes():
-            raise StreamError(
-                f"another process reads as member {self._member} of group {self._group}: its state directory is a copy"
-                " of this one. Remove the file 'member' from the copy and start it again"
-            )
-        if self._places.positions:
-            self._places.keep()
-        consumer.close()
-        self.commits.fenced = False
-        self._consumer = self._connect()  # shut out once more, with no other outage, it is a namesake
+        now = time.monotonic()
+        if self._shut_out is None:
+            if not self._places.echoes():
+                raise self._fenced()
+            if self._places.positions:
+                self._places.keep()
+            consumer.close()
+            self._consumer = self._connect(join=False)
+            self._shut_out = now + session_seconds(self.settings) + _SESSION_MARGIN
+        time.sleep(min(timeout, _PROBE_INTERVAL))
+        assert self._group is not None
+        try:
+            others = holders(self.settings, self._group, self._member or "")
+        except StreamUnavailableError as error:  # whoever is there is not expected to report meanwhile either
+            self.last_error = str(error)
+            self._shut_out = now + session_seconds(self.settings) + _SESSION_MARGIN
+            return ()
+        if not others:
+            self._shut_out = None
+            self.commits.fenced = False
+            self._places.subscribe(self._opened())
+        elif now > self._shut_out:
+            raise self._fenced()
+        return ()
+
+    def _fenced(self) -> StreamError:
+        return StreamError(
+            f"another process reads as member {self._member} of group {self._group}: its state directory is a copy of"
+            " this one. Remove the file 'member' from the copy and start it again"
+        )

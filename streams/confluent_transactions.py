@@ -11,11 +11,10 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 from confluent_kafka import Consumer, KafkaException, Producer, TopicPartition
-from confluent_kafka.admin import AdminClient
 
 from streams.base import Partition, Positions, StreamError, StreamUnavailableError
-from streams.confluent_client import as_stream_error, make
-from streams.confluent_config import admin_config, consumer_config
+from streams.confluent_client import as_stream_error, holders, make
+from streams.confluent_config import consumer_config
 from streams.confluent_sink import ConfluentClient
 from streams.kafka_note import Note
 
@@ -134,27 +133,22 @@ class ConfluentTransactions:
             raise self._client.failure(error, what) from error
 
     def _refuse_if_replaced(self) -> None:
-        """Ask the group who goes by our name.
+        """Ask the group who goes by our name. A producer of ours would shut out that of whoever does.
 
         Raises:
             StreamError: Another process does. Were we to start over, it would do the same, and so on.
+            StreamUnavailableError: Another process does, or we do ourselves and have not heard of it yet.
         """
-        member = self._metadata()
-        if member is None:
-            return  # about to join again; the group tells the consumer if it may not
-        timeout = self._client.settings.timeout
-        admin = make(AdminClient, admin_config(self._client.settings))
-        try:
-            asked = admin.describe_consumer_groups([self._group], request_timeout=timeout)
-            found: Any = asked[self._group].result(timeout=timeout + 1)
-        except KafkaException as error:
-            raise as_stream_error(error, f"asking for the members of group {self._group}") from error
-        holders = {one.member_id for one in found.members if one.group_instance_id == self._owner}
-        if holders - {member.member_id}:
-            raise StreamError(
-                f"another process writes as {self._client.transactional_id}: its state directory is a copy of this one,"
-                " so this process stops. Remove the file 'member' from the copy and start it again"
-            )
+        current = self._metadata()
+        known = {member.member_id for member in (current, self._member) if member is not None}
+        if not known or not holders(self._client.settings, self._group, self._owner) - known:
+            return
+        if current is None:
+            raise StreamUnavailableError(f"this process has not joined group {self._group} again")
+        raise StreamError(
+            f"another process writes as {self._client.transactional_id}: its state directory is a copy of this one,"
+            " so this process stops. Remove the file 'member' from the copy and start it again"
+        )
 
     def _committed(self, partitions: Collection[Partition] | None) -> Positions:
         """The committed offsets of partitions, or of all topics; never one that a transaction may yet change."""

@@ -196,7 +196,8 @@ class KafkaSettings(BaseModel):
 
         Half of ``max_poll_interval_ms``: the other half is for the commit, for joining again, and for slow clocks.
         """
-        return float(str(self.extra.get("max_poll_interval_ms", 300_000))) / 2000
+        name = "max.poll.interval.ms" if self.client == "confluent" else "max_poll_interval_ms"
+        return float(str(self.extra.get(name, 300_000))) / 2000
 
     def consumer_config(self, *, group: str | None, member: str | None = None) -> dict[str, Any]:
         """Return the settings of a `kafka.KafkaConsumer`; reads the secrets.
