@@ -1,4 +1,8 @@
-"""Answers and offsets in one step: transactions of a `ConfluentClient`, each call under a deadline of librdkafka.
+"""Answers and offsets in one step: transactions of a `ConfluentClient`, each call under a deadline.
+
+librdkafka 2.16 takes a deadline with each call, but while a broker comes back its ``send_offsets_to_transaction`` may
+last without end. So calls run in a thread of their own; past the deadline the producer is given up, and what the thread
+still waits for is of no account.
 
 Making a producer with the same transactional id ends whatever the one before left open: a transaction whose commit had
 begun is completed, any other is aborted, and the cluster takes nothing more from the old producer. So there is one
@@ -7,6 +11,7 @@ answer to every failure and to every start: a new producer, then the committed o
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
@@ -17,6 +22,9 @@ from streams.confluent_client import as_stream_error, holders, make
 from streams.confluent_config import consumer_config
 from streams.confluent_sink import ConfluentClient
 from streams.kafka_note import Note
+
+_GRACE = 0.5
+"""Seconds in which librdkafka may itself say that the time is over."""
 
 
 class Membership(NamedTuple):
@@ -75,7 +83,10 @@ class ConfluentTransactions:
         self._member = self._metadata()
         if self._member is None:
             raise StreamUnavailableError(f"this process has not joined group {self._group}")
-        self._do("beginning a transaction", self._producer.begin_transaction)
+        try:
+            self._producer.begin_transaction()  # asks nobody
+        except KafkaException as error:
+            raise self._client.failure(error, "beginning a transaction") from error
 
     def commit(
         self, positions: Mapping[Partition, int], floors: Mapping[Partition, int] | None, timeout: float
@@ -90,9 +101,9 @@ class ConfluentTransactions:
         offsets = [TopicPartition(*p, end, Note(self._owner, floors.get(p)).pack()) for p, end in positions.items()]
         producer, what = self._producer, f"transaction of {self._client.transactional_id}"
         if offsets and self._member is not None:
-            self._do(what, producer.send_offsets_to_transaction, offsets, self._member.metadata, timeout)
+            self._do(what, producer.send_offsets_to_transaction, offsets, self._member.metadata, timeout=timeout)
         self._attempted = tuple(positions)
-        self._do(what, producer.commit_transaction, timeout)
+        self._do(what, producer.commit_transaction, timeout=timeout)
         self._attempted = ()
 
     def recover(self) -> Positions:
@@ -124,12 +135,26 @@ class ConfluentTransactions:
     def _start_over(self) -> None:
         producer = self._client.renew()
         what = f"transactions of {self._client.transactional_id}"
-        self._do(what, producer.init_transactions, self._client.settings.timeout)
+        self._do(what, producer.init_transactions, timeout=self._client.settings.timeout)
 
-    def _do(self, what: str, call: Callable[..., object], *arguments: Any) -> None:
-        try:
-            call(*arguments)
-        except KafkaException as error:
+    def _do(self, what: str, call: Callable[..., object], *arguments: Any, timeout: float) -> None:
+        """Make a call of the producer that may last longer than it was told to."""
+        raised: list[Exception] = []
+
+        def run() -> None:
+            try:
+                call(*arguments, timeout)
+            except Exception as error:  # noqa: BLE001  # it is raised below
+                raised.append(error)
+
+        thread = threading.Thread(target=run, name="kafka-transaction", daemon=True)
+        thread.start()
+        thread.join(timeout + _GRACE)
+        if thread.is_alive():
+            raise StreamUnavailableError(f"{what}: no answer from the cluster within {timeout:g} s")
+        for error in raised:
+            if not isinstance(error, KafkaException):
+                raise error
             raise self._client.failure(error, what) from error
 
     def _refuse_if_replaced(self) -> None:
