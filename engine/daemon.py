@@ -162,8 +162,9 @@ class Daemon:
                 self.cutter.assigned(reader.partitions)
                 answered |= reader.committed
             self.writer.answered = answered
-            # What a checkpoint covers is out, though the process may have ended before it was committed.
-            self.writer.put(Outgoing(positions=dict(self.runner.positions)))
+            if not self.writer.transactional:
+                # What a checkpoint covers is out, though the process may have ended before it was committed.
+                self.writer.put(Outgoing(positions=dict(self.runner.positions)))
             if self.runner.keeper.saved_step is None:
                 await self.saver.save(wait=True)
         except BaseException as error:
@@ -289,10 +290,12 @@ class Daemon:
     async def _run_job(self, done: anyio.Event) -> None:
         assert self.core.job is not None
         started = time.perf_counter()
-        await to_thread.run_sync(self.core.learner.run, self.core.job, limiter=self._learning)
+        try:
+            await to_thread.run_sync(self.core.learner.run, self.core.job, limiter=self._learning)
+        finally:  # whoever waits for it must not wait for ever where everything ends
+            done.set()
+            self._wake.set()
         self.metrics.stage("learn", time.perf_counter() - started)
-        done.set()
-        self._wake.set()
 
     async def _take_job(self) -> None:
         """Take in the finished job, checkpoint if one is due, and start the next."""

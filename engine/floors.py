@@ -38,6 +38,11 @@ class Floors:
         self._step = (window or 0.0) / STEPS
         self._marks: dict[Partition, deque[tuple[int, float]]] = {}
 
+    def resize(self, window: float) -> None:
+        """Keep marks for another window from now on; those that a smaller one let go do not come back."""
+        if self._window is not None:
+            self._window, self._step = window, max(self._step, window / STEPS)
+
     @property
     def kept(self) -> bool:
         """Whether anything is to be noted at all."""

@@ -92,13 +92,13 @@ class Handover:
             self._rebuilding = False
             log.info("joins_rebuilt", waiting=self._daemon.core.joins.pending)
 
-    async def abandon_replay(self, why: str) -> None:
+    async def abandon_replay(self, why: str, deadline: float = math.inf) -> None:
         """Go on from here, where the rest of the journal cannot be repeated. To be called between two batches."""
         daemon, keeper = self._daemon, self._daemon.runner.keeper
         log.warning("replay_abandoned", batches=daemon.cutter.replaying, reason=why)
         daemon.cutter.abandon()
         await daemon.on_model(keeper.journal.discard_after, keeper.sequence)
-        await daemon.settle()
+        await daemon.settle(deadline)
 
     async def revoked(self, partitions: Sequence[Partition], lost: bool, within: float = math.inf) -> Standing | None:
         """Finish with partitions that go: what is cut of them is applied, answered and in a checkpoint.
@@ -119,13 +119,20 @@ class Handover:
         if lost:
             daemon.writer.lose(partitions)
         daemon.cutter.revoked(partitions)
-        standing = None
+        standing, closed = None, False
         with anyio.move_on_after(within):
             await daemon.turn.acquire()
             try:
                 standing = await self._finish(partitions, lost, deadline)
+                closed = standing is not None and not lost
             finally:
                 daemon.turn.release()
+        if not closed:
+            if not lost:
+                daemon.writer.lose(partitions)
+            daemon.beside(self._close, partitions)
+        if lost and daemon.writer.transactional:
+            standing = None  # those answers are visible to nobody; where a partition comes back they are due
         daemon.metrics.revoked(partitions)
         if standing is None:
             log.error("partitions_given_up", partitions=len(partitions), seconds=round(within, 1))
@@ -140,28 +147,28 @@ class Handover:
             if moves:
                 await daemon.on_model(runner.apply, moves)
             if not lost and not await daemon.flush(deadline - time.monotonic()):
-                await self._given_up(partitions)
                 return None
             positions = {p: runner.positions[p] for p in partitions if p in runner.positions}
             taken = {p: runner.taken[p] for p in partitions if p in runner.taken}
             waiting = daemon.core.joins.pending > 0 or daemon.core.joins.early > 0
             committed = daemon.writer.transactional
             standing = Standing(positions, taken, runner.floors.of(positions, waiting=waiting), committed)
-            await daemon.on_model(daemon.writer.put, Outgoing(gone=partitions, lost=lost))
+            if not lost:  # the queue is empty
+                await daemon.on_model(daemon.writer.put, Outgoing(gone=partitions))
             if daemon.cutter.awaited() & set(partitions):
-                await self.abandon_replay("its partitions were given to others")
+                await self.abandon_replay("its partitions were given to others", deadline)
             elif not await daemon.settle(deadline):
                 log.warning("checkpoint_postponed", reason="there was no time for it before partitions had to go")
-        # Answers of a transaction that was lost are visible to nobody; where the partition comes back they are due.
-        return None if lost and committed else standing
+        return standing
 
-    async def _given_up(self, partitions: Sequence[Partition]) -> None:
-        """Have no transaction hold answers of partitions for which there was no time; others will give them."""
-        writer = self._daemon.writer
-        if writer.transactional:
-            log.warning("partitions_not_committed", waiting_for=writer.waiting_for)
-            writer.lose(partitions)
-            await self._daemon.on_model(writer.put, Outgoing(gone=partitions, lost=True))
+    async def _close(self, partitions: Sequence[Partition]) -> None:
+        """Have the writer know where the last answer of partitions was that were lost or given up.
+
+        It comes behind every batch with records of them, and before what comes of them should they be given back: that
+        is cut in a later turn, and turns are taken in the order in which they were asked for.
+        """
+        async with self._daemon.turn:
+            await self._daemon.on_model(self._daemon.writer.put, Outgoing(gone=partitions, lost=True))
 
 
 async def happens(event: anyio.Event, deadline: float) -> bool:

@@ -46,9 +46,11 @@ class Holdings:
     Args:
         start: Positions to start from.
         taken: Of the partitions in ``start`` that came from others, the position up to which these had worked.
+        exact: Whether nothing behind a committed position can be out, since answers are committed together with it.
     """
 
-    def __init__(self, start: Positions, taken: Positions) -> None:
+    def __init__(self, start: Positions, taken: Positions, *, exact: bool = False) -> None:
+        self._exact = exact
         self.start = start
         self._taken = dict(taken)
         self._parked: Positions = {}
@@ -59,6 +61,8 @@ class Holdings:
         Our own work goes on unless somebody else has committed since. Else everything before the committed position is
         theirs, and reading begins at the floor that they noted beside it.
         """
+        if self._exact:
+            self._distrust(partition, found)
         if self._stands(partition, found):
             start = self.start[partition]
             return Begin(start, max(start, self._taken.get(partition, start)), anew=False)
@@ -66,6 +70,13 @@ class Holdings:
         start, end = _floor(partition, found)
         self._taken[partition] = end
         return Begin(start, end, anew=True)
+
+    def _distrust(self, partition: Partition, found: Found) -> None:
+        """Forget a position that we had reached in a transaction that was lost: nobody has seen those answers."""
+        out = found.earliest if found.committed is None else found.committed
+        if max(self.start.get(partition, out), self._parked.get(partition, out)) > out:
+            for remembered in (self.start, self._parked, self._taken):
+                remembered.pop(partition, None)
 
     def _stands(self, partition: Partition, found: Found) -> bool:
         taken, parked = self._taken.get(partition), self._parked.pop(partition, None)

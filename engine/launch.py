@@ -178,6 +178,7 @@ def _daemon(
             revoked=daemon.handover.revoked,
             high=HIGH_BATCHES * policy.batching.max_size,
             taken=taken,
+            exact=writer.transactional,
             patience=policy.streams.kafka.patience if policy.streams.kafka is not None else math.inf,
         )
         readers.append(reader)

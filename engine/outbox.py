@@ -71,6 +71,8 @@ class Outbox:
 
     def found(self, partitions: Sequence[Partition]) -> None:
         """Everything before the loss has come by: what comes of these partitions from now on is ours again."""
+        if self._holds_lost():  # dropped while it still counts as lost
+            self._retry("transaction", self._push)
         with self._lock:
             self._lost.subtract(partitions)
             self._lost = +self._lost
@@ -118,7 +120,7 @@ class Outbox:
 
     def _commit(self) -> None:
         self._push()
-        if not self._kept and not self._positions:
+        if not self._positions:  # nor is anything committed without offsets: the group could not refuse that
             return
         self._unless_unavailable(self._finish)
         self._kept.clear()

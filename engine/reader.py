@@ -68,6 +68,7 @@ class Reader:
             finished with, None where that could not be.
         high: Records of one stream that may wait before it is paused.
         taken: Of the partitions in ``start`` that came from others, the position up to which these had worked.
+        exact: Whether answers are committed together with positions; see `Holdings`.
         patience: Seconds that finishing with partitions may take.
     """
 
@@ -82,12 +83,13 @@ class Reader:
         revoked: Callable[[Sequence[Partition], bool, float], Coroutine[Any, Any, Standing | None]],
         high: int,
         taken: Positions | None = None,
+        exact: bool = False,
         patience: float = math.inf,
     ) -> None:
         self._source = source
         self._kinds = kinds
         self._spec = spec
-        self._holdings = Holdings(start, taken or {})
+        self._holdings = Holdings(start, taken or {}, exact=exact)
         self._patience = patience
         self._rebuilding: Positions = {}
         self._hand_over = hand_over
@@ -98,8 +100,7 @@ class Reader:
         self._announced: frozenset[Partition] = frozenset()
         self._commits: deque[tuple[Positions, Positions]] = deque(maxlen=1)
         self._committing = threading.Lock()
-        self._stop = threading.Event()
-        self._room = threading.Event()
+        self._stop, self._room = threading.Event(), threading.Event()
         self._running = False
         self.starved: frozenset[str] = frozenset()
         """Streams that are read on however much of them waits, because work stands still without."""

@@ -205,6 +205,7 @@ class Reloader:
         daemon.saver.every = policy.checkpoint.every
         daemon.runner.keeper.store.keep = policy.checkpoint.keep
         daemon.cutter.resize(policy.batching.max_size, policy.batching.max_delay)
+        daemon.runner.floors.resize(policy.join.window)
         for reader in daemon.readers:
             reader.high = HIGH_BATCHES * policy.batching.max_size
         daemon.metrics.reloaded(found.digest)

@@ -100,7 +100,8 @@ class ConfluentTransactions:
         floors = floors or {}
         offsets = [TopicPartition(*p, end, Note(self._owner, floors.get(p)).pack()) for p, end in positions.items()]
         producer, what = self._producer, f"transaction of {self._client.transactional_id}"
-        if offsets and self._member is not None:
+        assert self._member is not None
+        if offsets:
             self._do(what, producer.send_offsets_to_transaction, offsets, self._member.metadata, timeout=timeout)
         self._attempted = tuple(positions)
         self._do(what, producer.commit_transaction, timeout=timeout)

@@ -67,7 +67,7 @@ class KafkaTransactions:
         """Start a transaction, as the member of the group that we are now. Raises as `commit` does."""
         # Before anything is sent: should partitions go to others meanwhile, these metadata are too old to commit.
         self._member = self._metadata()
-        if self._member is None:
+        if self._member is None or not self._member.member_id:
             raise StreamUnavailableError(f"this process has not joined group {self._group}")
         try:
             self._producer.begin_transaction()  # asks nobody
@@ -140,6 +140,9 @@ class KafkaTransactions:
             raise as_stream_error(error, f"asking for the members of group {self._group}") from error
         finally:
             admin.close()
+        again = self._metadata()
+        if again is None or again.member_id != member.member_id:
+            raise StreamUnavailableError(f"this process is joining group {self._group} again")
         holders = {one["member_id"] for one in found["members"] if one.get("group_instance_id") == self._owner}
         if holders - {member.member_id}:
             raise StreamError(

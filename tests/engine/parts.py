@@ -103,6 +103,7 @@ def daemon_on(
                 revoked=daemon.handover.revoked,
                 high=high,
                 taken=taken,
+                exact=transactions is not None,
             )
         )
         daemon.readers = readers

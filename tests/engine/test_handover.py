@@ -173,6 +173,29 @@ async def test_a_partition_whose_last_commit_does_not_get_through_counts_as_lost
     assert source.committed() == {}
 
 
+@pytest.mark.parametrize("how", ["take", "lose"])
+async def test_partitions_that_go_and_come_back_while_a_step_lasts_are_answered_once(tmp_path: Path, how: str) -> None:
+    source, cluster = Shared(), Cluster()
+    fill(source, 0, 20)
+    source.move("give", ZERO, ONE)
+
+    async def long_step(daemon: Daemon) -> None:
+        await until(lambda: cluster.committed == {ZERO: 10, ONE: 10})
+        source.commit(cluster.committed)
+        async with daemon.turn:
+            source.move(how, ZERO)
+            await until(lambda: daemon.readers[0].partitions == [ONE])
+        source.move("give", ZERO)
+        fill(source, 20, 10)
+        await until(lambda: cluster.committed == {ZERO: 15, ONE: 15})
+
+    sink = TransactionalSink("predictions", cluster)
+    with daemon_on(tmp_path, source, predictions=sink, transactions=cluster) as daemon:
+        daemon.readers[0]._patience = 0.2
+        await run(daemon, then(lambda daemon: events(daemon, 20), long_step))
+    assert len(cluster.visible) == len({message.key for _, message in cluster.visible}) == 30
+
+
 async def test_a_partition_that_goes_leaves_its_position_to_the_next_and_no_trace(tmp_path: Path) -> None:
     source, sink = Shared(), MemorySink()
     fill(source, 0, 20)

@@ -62,3 +62,16 @@ def test_where_one_partition_is_rebuilt_the_others_of_its_number_wait_for_it() -
         ("data", 1): Begin(4, 4, True),
     }
     assert seen_before(begins) == {("data", 0): 5, ("feedback", 0): 9}
+
+
+@pytest.mark.parametrize(("committed", "start", "anew"), [(5, 5, True), (10, 10, False), (12, 10, False)])
+def test_with_exact_positions_what_was_reached_in_a_lost_transaction_is_done_again(
+    committed: int, start: int, anew: bool
+) -> None:
+    holdings = Holdings({P: 10}, {}, exact=True)
+    assert holdings.begin(P, Found(0, committed)) == Begin(start, start, anew)
+
+
+def test_with_exact_positions_one_that_was_never_committed_is_begun_at_the_beginning() -> None:
+    assert Holdings({P: 10}, {}, exact=True).begin(P, Found(2)) == Begin(2, 2, anew=True)
+    assert Holdings({P: 2}, {}, exact=True).begin(P, Found(2)) == Begin(2, 2, anew=False)

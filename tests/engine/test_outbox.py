@@ -243,6 +243,22 @@ def test_nothing_of_partitions_that_are_lost_is_committed(monkeypatch: pytest.Mo
     assert cluster.committed == {P: 10, ("feedback", 0): 4}
 
 
+def test_what_was_sent_of_a_lost_partition_is_not_committed_though_its_loss_has_come_by(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cluster = Cluster()
+    writer = writer_on(cluster)
+    monkeypatch.setattr(writer, "_interval", float("inf"))
+    writer._write(answers(0, 2))
+    writer.lose([P])
+    writer._write(Outgoing(gone=[P], lost=True))
+    writer._flush()
+    assert (cluster.visible, cluster.committed) == ([], {})
+    writer._write(answers(8, 2))
+    writer._flush()
+    assert (len(cluster.visible), cluster.committed) == (2, {P: 10})
+
+
 def test_partitions_that_are_lost_while_a_commit_is_refused_are_left_out_of_the_next(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
