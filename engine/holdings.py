@@ -54,6 +54,8 @@ class Holdings:
         self.start = start
         self._taken = dict(taken)
         self._parked: Positions = {}
+        self._known: Positions = {}
+        """What was committed when a partition came last: by an earlier life of ours it may be more than we have."""
 
     def begin(self, partition: Partition, found: Found) -> Begin:
         """Decide where to read a partition, by what we remember and by what the source found.
@@ -63,7 +65,9 @@ class Holdings:
         """
         if self._exact:
             self._distrust(partition, found)
-        if self._stands(partition, found):
+        stands = self._stands(partition, found)
+        self._known[partition] = found.committed or 0
+        if stands:
             start = self.start[partition]
             return Begin(start, max(start, self._taken.get(partition, start)), anew=False)
         self.start.pop(partition, None)
@@ -82,8 +86,8 @@ class Holdings:
         taken, parked = self._taken.get(partition), self._parked.pop(partition, None)
         if parked is not None:
             self.start[partition] = parked
-            # Nobody but others can have committed more than we had applied.
-            if (found.committed or 0) > max(parked, taken or 0):
+            # Nobody but others can have committed more than we had applied and than we had found.
+            if (found.committed or 0) > max(parked, taken or 0, self._known.get(partition, 0)):
                 return False
         return partition in self.start and (not found.theirs or (taken is not None and found.committed == taken))
 

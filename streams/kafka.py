@@ -291,6 +291,11 @@ class KafkaSource:
             self._hand_over(error.__cause__)
         elif isinstance(error, errors.OffsetOutOfRangeError):
             raise self._out_of_range(error) from error
+        elif isinstance(error, errors.LogTruncationError):
+            raise StreamError(
+                f"records of {', '.join(self._topics)} that were read are gone: a topic was made anew or cut back"
+                f" ({explain(error)}). Begin with a fresh state directory and group, or bring the old records back"
+            ) from error
         elif isinstance(error, errors.FencedInstanceIdError):
             raise self._fenced() from error
         elif not isinstance(error, _PASSING):

@@ -75,3 +75,13 @@ def test_with_exact_positions_what_was_reached_in_a_lost_transaction_is_done_aga
 def test_with_exact_positions_one_that_was_never_committed_is_begun_at_the_beginning() -> None:
     assert Holdings({P: 10}, {}, exact=True).begin(P, Found(2)) == Begin(2, 2, anew=True)
     assert Holdings({P: 2}, {}, exact=True).begin(P, Found(2)) == Begin(2, 2, anew=False)
+
+
+def test_what_an_earlier_life_had_committed_is_not_taken_for_the_work_of_others() -> None:
+    holdings = Holdings({P: 4}, {})
+    found = Found(0, 10)
+    assert holdings.begin(P, found) == Begin(4, 4, anew=False)
+    holdings.leave(P, Standing({P: 6}))  # a rebalance before the journal was repeated
+    assert holdings.begin(P, found) == Begin(6, 6, anew=False)
+    holdings.leave(P, Standing({P: 8}))
+    assert holdings.begin(P, Found(0, 11)) == Begin(11, 11, anew=True)
