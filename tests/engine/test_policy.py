@@ -228,7 +228,7 @@ def test_a_preset_runs_with_a_model_of_ones_own(name: str) -> None:
 
 
 def test_the_presets_are_those_promised() -> None:
-    assert presets() == ["bn", "guarded", "lame", "none", "rotta", "tent"]
+    assert presets() == ["auto", "bn", "guarded", "lame", "none", "rotta", "tent"]
 
 
 @pytest.mark.parametrize("text", [KAFKA, BASE, BASE + "preset: guarded\n"])
