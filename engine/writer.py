@@ -8,7 +8,6 @@ transactions (`engine.outbox`) they are committed together with the answers inst
 from __future__ import annotations
 
 import contextlib
-import math
 import queue
 import threading
 import time
@@ -149,18 +148,15 @@ class Writer:
                 self._queue.put(item, timeout=0.5)
                 return
 
-    def wait_flushed(self, limit: float = math.inf) -> None:
+    def wait_flushed(self) -> None:
         """Block until everything put before is flushed, with transactions also committed.
 
         Raises:
-            StreamUnavailableError: If the writer ended before that, or ``limit`` seconds have passed.
+            StreamUnavailableError: If the writer ended before that.
         """
         event = threading.Event()
         self.put(Outgoing(barrier=event))
-        deadline = time.monotonic() + limit
         while not event.wait(0.2):
-            if time.monotonic() > deadline:
-                raise StreamUnavailableError(f"not everything was written within {limit:g} s: {self.waiting_for}")
             if self._abort.is_set() and not event.is_set():
                 raise StreamUnavailableError("the sinks were closed before everything was written")
 

@@ -38,7 +38,6 @@ class Report:
 
     Attributes:
         kills: By failpoint and pass, or ``random``.
-        phases: By what the daemon was doing last, as its log says, where the kill came at a random time.
         unreached: Failpoints and passes that no life came to.
     """
 
