@@ -13,7 +13,7 @@ from typing import Any, Literal
 from kafka import KafkaConsumer, TopicPartition, errors
 
 from streams.base import Assignment, Found, Partition, Positions, Record, StreamError, StreamUnavailableError
-from streams.kafka_client import as_stream_error, connect, describe, explain, unreachable
+from streams.kafka_client import as_stream_error, check_topics, connect, describe, explain, unreachable
 from streams.kafka_commits import Commits
 from streams.kafka_fetch import free_slot, gone, records
 from streams.kafka_note import read_note
@@ -187,7 +187,8 @@ class KafkaSource:
             fetched = consumer.poll(timeout_ms=round(timeout * 1000), max_records=max_records)
         except errors.KafkaError as error:
             self._recover(error, timeout)
-            return ()
+            fetched = {}
+        check_topics(consumer, self._identities)
         return records(fetched)
 
     def ended(self) -> frozenset[Partition]:

@@ -194,6 +194,32 @@ def describe(settings: KafkaSettings, topics: Sequence[str], *, limits: bool = F
     return found
 
 
+def check_topics(client: Any, identities: Mapping[str, str]) -> None:
+    """Look at what a client of `connect` last heard of topics.
+
+    A client that hears it before its next fetch is answered has no leader to fetch from, or the leader of another
+    topic of that name; it then says nothing and never gives a record again.
+
+    Args:
+        client: A consumer.
+        identities: The ids of its topics when it was opened, where they are known.
+
+    Raises:
+        StreamError: One may not be read any more, or was made anew.
+    """
+    cluster = client._client.cluster  # noqa: SLF001  # kafka-python shows it nowhere else
+    if cluster.unauthorized_topics:
+        refused = errors.TopicAuthorizationFailedError(cluster.unauthorized_topics)
+        raise as_stream_error(refused, f"reading {', '.join(sorted(cluster.unauthorized_topics))}")
+    for topic, identity in identities.items():
+        now = cluster.topic_id(topic)
+        if now is not None and str(now) != identity:
+            raise StreamError(
+                f"topic {topic} was made anew while it was read: it was {identity} and is {now} now, so positions mean"
+                " nothing in it. Begin with a fresh state directory and group, or bring the old topic back"
+            )
+
+
 def _largest(admin: Any, topics: Sequence[str]) -> dict[str, int]:
     """``max.message.bytes`` of topics; nothing of those whose settings we may not see or that nobody tells."""
     asked = [ConfigResource(ConfigResourceType.TOPIC, topic, {"max.message.bytes": None}) for topic in topics]

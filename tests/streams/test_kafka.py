@@ -3,6 +3,7 @@ from __future__ import annotations
 import logging
 import math
 import threading
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,10 +11,11 @@ from typing import Any
 
 import pytest
 from kafka import KafkaConsumer, TopicPartition, errors
+from kafka.cluster import ClusterMetadata
 
 from streams.base import Found, Message, Partition, Positions, StreamError, StreamUnavailableError
 from streams.kafka import KafkaSettings, KafkaSink, KafkaSource
-from streams.kafka_client import as_stream_error, connect
+from streams.kafka_client import as_stream_error, check_topics, connect
 from streams.kafka_commits import Commits
 from streams.kafka_fetch import free_slot, records
 from streams.kafka_rebalance import HandoverError, HandoverListener, check_together
@@ -326,6 +328,20 @@ def test_a_sink_that_is_not_open_says_so_and_closes_quietly() -> None:
         sink.send(messages("a"))
     sink.close()
     assert (sink.name, sink.pending) == ("out", 0)
+
+
+def test_a_topic_that_is_another_now_or_forbidden_is_told_though_no_fetch_fails() -> None:
+    cluster = ClusterMetadata()
+    client, before = SimpleNamespace(_client=SimpleNamespace(cluster=cluster)), uuid.uuid4()
+    check_topics(client, {"t": str(before)})  # nothing heard of it yet
+    cluster._topic_ids = {"t": before}
+    check_topics(client, {"t": str(before), "old": ""})
+    cluster._topic_ids = {"t": uuid.uuid4()}
+    with pytest.raises(StreamError, match=f"topic t was made anew .* it was {before} and is .* fresh state directory"):
+        check_topics(client, {"t": str(before)})
+    cluster.unauthorized_topics = {"t"}
+    with pytest.raises(StreamError, match=r"reading t: .* does not permit it .* check the user and its ACLs"):
+        check_topics(client, {})
 
 
 def test_settings_that_the_client_refuses_are_told(tmp_path: Path) -> None:
