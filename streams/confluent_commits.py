@@ -1,112 +1,17 @@
-"""Committed offsets of a consumer group through librdkafka: none of their errors lost, every wait bounded."""
+"""Committed offsets of a consumer group through librdkafka: every wait bounded."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from confluent_kafka import KafkaError, KafkaException, TopicPartition
+from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 
-from streams.base import Found, Partition, Positions
 from streams.confluent_client import explain
-from streams.kafka_note import Note
-
-_RETRY = 1.0
-"""Seconds before offsets are committed again that could not be."""
+from streams.group_commits import GroupCommits, Noted
 
 
-class Commits:
-    """What shall be committed, what is, and what went wrong. Used by the polling thread alone.
-
-    Commits that come while one is under way go out together after it. One that fails is counted and tried again with
-    whatever has come since, so offsets go forward and an outage leaves no backlog.
-    """
-
-    def __init__(self, timeout: float, owner: str = "") -> None:
-        """Prepare.
-
-        Args:
-            timeout: Seconds to wait for the cluster.
-            owner: Name that is committed with every offset.
-        """
-        self.failures = 0
-        """Commits that failed."""
-        self.last_error: str | None = None
-        """Why the last one that failed did."""
-        self.trouble = ""
-        """What keeps offsets from being committed; empty once one has been again."""
-        self.fenced = False
-        """Whether another process has taken this member's name."""
-        self.stored: Positions = {}
-        """What the cluster has confirmed, for the partitions now assigned."""
-        self._timeout = timeout
-        self._owner = owner
-        self._wanted: dict[Partition, tuple[int, str]] = {}
-        self._notes: dict[Partition, str] = {}
-        self._owned: set[Partition] = set()
-        self._quiet_until = 0.0
-
-    def own(self, partitions: set[Partition], stored: Mapping[Partition, int]) -> None:
-        """Take offsets of these partitions from now on; the cluster has ``stored`` of them."""
-        self._owned |= partitions
-        self.stored.update(stored)
-
-    def disown(self) -> None:
-        """Forget all partitions and what was to be committed of them."""
-        for kept in (self._owned, self._wanted, self._notes, self.stored):
-            kept.clear()
-        self._quiet_until = 0.0
-
-    def want(self, positions: Mapping[Partition, int], floors: Mapping[Partition, int]) -> None:
-        """Have positions committed by the next `send`; none of partitions that are not ours, and none backwards."""
-        for partition, end in positions.items():
-            if partition in self._owned and end >= self.stored.get(partition, 0):
-                self._wanted[partition] = end, Note(self._owner, floors.get(partition)).pack()
-
-    def are_ours(self, partition: Partition, found: Found) -> bool:
-        """Whether what the group has of a partition was committed by us."""
-        if self._owner:
-            return not found.theirs
-        wanted = self._wanted.get(partition, (None, ""))[0]
-        return not found.theirs and found.committed in (self.stored.get(partition), wanted)
-
-    def send(self, consumer: Any) -> None:
-        """Start a commit where one is due and none is under way.
-
-        Raises:
-            KafkaException: The client refuses, as for a member that was fenced off.
-        """
-        if not self._wanted or time.monotonic() < self._quiet_until:
-            return
-        due = self._due()
-        self._wanted = due
-        if not due:
-            return
-        # The callback comes with a later poll. Should it ever not come, committing goes on after this deadline.
-        self._quiet_until = time.monotonic() + 2 * self._timeout
-        consumer.commit(offsets=_offsets(due), asynchronous=True)
-
-    def finish(self, consumer: Any, timeout: float) -> None:
-        """Commit what is due and wait for it at most ``timeout`` seconds; a failure is counted.
-
-        librdkafka bounds no wait for a commit. Asking the same coordinator, over the same connection, what is
-        committed does wait for it, with a bound; and this may be done while a rebalance waits for us.
-        """
-        due = self._due()
-        if not due:
-            return
-        try:
-            consumer.commit(offsets=_offsets(due), asynchronous=True)
-            found = consumer.committed([TopicPartition(*partition) for partition in due], timeout=timeout)
-        except KafkaException as error:
-            self.failed(error)
-            return
-        reached = {(tp.topic, tp.partition): tp.offset for tp in found if tp.error is None}
-        if any(reached.get(partition) != end for partition, (end, _) in due.items()):
-            self._count("the cluster has not taken the last offsets")
-            return
-        self._confirm(due)
+class Commits(GroupCommits):
+    """Commits of a `Consumer` that calls `done` when it has committed."""
 
     def done(self, error: KafkaError | None, partitions: Sequence[TopicPartition]) -> None:
         """Hear how a commit went; librdkafka calls it out of a poll."""
@@ -120,29 +25,27 @@ class Commits:
     def failed(self, error: KafkaException | KafkaError) -> None:
         """Count a failure and wait a moment before the next attempt."""
         told = explain(error)
-        self.fenced = self.fenced or "FENCED_INSTANCE_ID" in told or "same group.instance.id" in told
-        self._count(told)
+        self._count(told, fenced="FENCED_INSTANCE_ID" in told or "same group.instance.id" in told)
 
-    def _count(self, told: str) -> None:
-        self.failures += 1
-        self.last_error = told
-        self.trouble = f"offsets cannot be committed ({told})"
-        self._quiet_until = time.monotonic() + _RETRY
+    def _start(self, consumer: Consumer, due: Noted) -> None:
+        consumer.commit(offsets=offsets_of(due), asynchronous=True)
 
-    def _confirm(self, committed: Mapping[Partition, tuple[int, str]]) -> None:
-        self.trouble = ""
-        for partition, (end, note) in committed.items():
-            if partition in self._owned:
-                self.stored[partition] = end
-                self._notes[partition] = note
-
-    def _due(self) -> dict[Partition, tuple[int, str]]:
-        return {p: at for p, at in self._wanted.items() if at[0] != self.stored.get(p) or self._is_news(p, at[1])}
-
-    def _is_news(self, partition: Partition, note: str) -> bool:
-        """Whether a note changes one of ours. One of somebody else stands until we have answered something."""
-        return self._notes.get(partition, note) != note
+    def _commit(self, consumer: Consumer, due: Noted, timeout: float) -> None:
+        # librdkafka bounds no wait for a commit. Asking the same coordinator, over the same connection, what is
+        # committed does wait for it, with a bound; and this may be done while a rebalance waits for us.
+        try:
+            consumer.commit(offsets=offsets_of(due), asynchronous=True)
+            found = consumer.committed([TopicPartition(*partition) for partition in due], timeout=timeout)
+        except KafkaException as error:
+            self.failed(error)
+            return
+        reached = {(tp.topic, tp.partition): tp.offset for tp in found if tp.error is None}
+        if any(reached.get(partition) != end for partition, (end, _) in due.items()):
+            self._count("the cluster has not taken the last offsets")
+        else:
+            self._confirm(due)
 
 
-def _offsets(due: Mapping[Partition, tuple[int, str]]) -> list[TopicPartition]:
-    return [TopicPartition(*partition, end, note) for partition, (end, note) in due.items()]
+def offsets_of(noted: Noted) -> list[TopicPartition]:
+    """Return offsets and notes as librdkafka takes them."""
+    return [TopicPartition(*partition, end, note) for partition, (end, note) in noted.items()]

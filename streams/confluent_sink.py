@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ from streams.base import Message, StreamError, StreamUnavailableError
 from streams.confluent_client import FORBIDDEN, Watch, as_stream_error, describe, error_of, explain, make
 from streams.confluent_config import batch_size, producer_config
 from streams.kafka_settings import KafkaSettings
+from streams.shared_producer import SharedProducer
 
 _FINAL = frozenset(
     {
@@ -29,33 +29,20 @@ _RECORD_OVERHEAD = 128
 """Bytes that a record and its batch may cost beside key, value and headers."""
 
 
-class ConfluentClient:
-    """One producer of librdkafka for all sinks of a process: one connection per broker, batches shared.
-
-    The producer is made by the first `acquire` and closed by the last `release`; both may come from any thread.
-    With a ``transactional_id`` it is replaced by `renew` whenever a transaction has failed.
-    """
+class ConfluentClient(SharedProducer[Producer]):
+    """One producer of librdkafka for all sinks of a process; it connects by itself."""
 
     def __init__(self, settings: KafkaSettings, *, transactional_id: str | None = None) -> None:
-        """Prepare; nothing is connected before `acquire`.
-
-        Args:
-            settings: How to reach the cluster.
-            transactional_id: The name under which transactions are made; none makes none.
-        """
-        self.settings = settings
-        self.transactional_id = transactional_id
+        """Prepare; see `SharedProducer`."""
+        super().__init__(settings, transactional_id=transactional_id)
         self.watch = Watch()
         """What the producer says of its connections."""
         self._batch = batch_size(settings)
         self.limit = 0
         """Bytes that a message may have, as librdkafka counts them."""
-        self._lock = threading.Lock()
-        self._users = 0
-        self._producer: Producer | None = None
 
     def acquire(self, largest: int | None = None) -> Producer:
-        """Return the producer; it connects by itself. No batch of it is larger than ``largest`` bytes.
+        """Return the producer. No batch of it is larger than ``largest`` bytes.
 
         librdkafka does not split a batch that is larger than its topic allows.
 
@@ -70,10 +57,7 @@ class ConfluentClient:
                         " in extra to less, or raise max.message.bytes of the topic"
                     )
                 self._batch = largest
-            if self._producer is None:
-                self._producer = self._make()
-            self._users += 1
-            return self._producer
+            return super().acquire()
 
     def _make(self) -> Producer:
         config = producer_config(self.settings, transactional_id=self.transactional_id)
@@ -81,44 +65,17 @@ class ConfluentClient:
         self.limit = int(config["message.max.bytes"])
         return make(Producer, config | {"error_cb": self.watch.hear})
 
-    @property
-    def producer(self) -> Producer | None:
-        """The producer of the moment; none before `acquire` and while `renew` has not got through."""
-        return self._producer
+    def _abandon(self, producer: Producer) -> None:
+        producer.purge()
 
-    def renew(self) -> Producer:
-        """Give the producer up, with everything that it has not written yet, and return a new one.
-
-        Raises:
-            StreamError: librdkafka refuses its settings.
-        """
-        with self._lock:
-            producer, self._producer = self._producer, None
-            if producer is not None:
-                producer.purge()
-            self._producer = self._make()
-            return self._producer
-
-    def release(self, timeout: float) -> None:
-        """Give the producer back; the last one out waits up to ``timeout`` seconds for what is unconfirmed."""
-        with self._lock:
-            self._users -= 1
-            if self._users > 0:
-                return
-            producer, self._producer = self._producer, None
-        if producer is None:
-            return
+    def _end(self, producer: Producer, timeout: float) -> None:
         with contextlib.suppress(KafkaException):  # of a producer that has ended for good
             if self.transactional_id is not None or producer.flush(timeout):
-                producer.purge()  # of a transaction what is committed is written, and the rest shall not be
+                producer.purge()
                 producer.flush(0)
 
     def failure(self, error: KafkaException | KafkaError, what: str) -> StreamError:
-        """Return the error to raise for one of the producer.
-
-        One that a transaction died of is told as unavailable, since the transaction can be made again; whether
-        somebody else has taken our place is found out there.
-        """
+        """Return the error to raise for one of the producer; see `SharedProducer.failure`."""
         found = error_of(error)
         if self.transactional_id is None or found.code() in FORBIDDEN | _FINAL:
             return as_stream_error(found, what)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from streams.base import Message, StreamError, StreamUnavailableError
 from streams.kafka_client import as_stream_error, connect, describe, explain, forbidden
 from streams.kafka_settings import KafkaSettings
 from streams.murmur import murmur2
+from streams.shared_producer import SharedProducer
 
 _RECORD_OVERHEAD = 128
 """Bytes that a record and its batch may cost beside key, value and headers."""
@@ -36,40 +36,10 @@ _TRANSACTION_TIMEOUTS = 1.5
 partitions over waits for that; and no call of ours waits longer."""
 
 
-class KafkaClient:
-    """One `KafkaProducer` for all sinks of a process: one connection per broker, batches shared.
+class KafkaClient(SharedProducer[Any]):
+    """One `KafkaProducer` for all sinks of a process."""
 
-    The producer is made by the first `acquire` and closed by the last `release`; both may come from any thread.
-    With a ``transactional_id`` it is replaced by `renew` whenever a transaction has failed.
-    """
-
-    def __init__(self, settings: KafkaSettings, *, transactional_id: str | None = None) -> None:
-        """Prepare; nothing is connected before `acquire`.
-
-        Args:
-            settings: How to reach the cluster.
-            transactional_id: The name under which transactions are made; none makes none.
-        """
-        self.settings = settings
-        self.transactional_id = transactional_id
-        self._lock = threading.Lock()
-        self._users = 0
-        self._producer: Any = None
-
-    def acquire(self) -> Any:
-        """Return the producer.
-
-        Raises:
-            StreamUnavailableError: No broker answers.
-            StreamError: The cluster refuses us.
-        """
-        with self._lock:
-            if self._producer is None:
-                self._producer = self._connect()
-            self._users += 1
-            return self._producer
-
-    def _connect(self) -> Any:
+    def _make(self) -> Any:
         config = self.settings.producer_config() | {"partitioner": StickyPartitioner()}
         if self.transactional_id is not None:
             # The first message after a commit is refused until the cluster has written down that commit, and asked for
@@ -81,59 +51,27 @@ class KafkaClient:
             }
         return connect(KafkaProducer, config)
 
-    @property
-    def producer(self) -> Any:
-        """The producer of the moment; none before `acquire` and while `renew` has not got through."""
-        return self._producer
+    def _abandon(self, producer: Any) -> None:
+        # `close` gives up at its own flush and leaves the sending thread at work; only the sender can drop batches.
+        producer._sender.force_close()  # noqa: SLF001
+        with contextlib.suppress(errors.KafkaTimeoutError):
+            producer.close(timeout=1)
 
-    def renew(self) -> Any:
-        """Give the producer up, with everything that it has not written yet, and return a new one.
-
-        Raises:
-            StreamUnavailableError: No broker answers; there is no producer until a later call gets through.
-            StreamError: The cluster refuses us.
-        """
-        with self._lock:
-            producer, self._producer = self._producer, None
-            _abandon(producer)
-            self._producer = self._connect()
-            return self._producer
-
-    def release(self, timeout: float) -> None:
-        """Give the producer back; the last one out closes it within about ``timeout`` seconds."""
-        with self._lock:
-            self._users -= 1
-            if self._users > 0:
-                return
-            producer, self._producer = self._producer, None
+    def _end(self, producer: Any, timeout: float) -> None:
         if self.transactional_id is not None:
-            _abandon(producer)  # what is committed is written, and the rest shall not be
-        else:
-            try:
-                producer.close(timeout=timeout)
-            except errors.KafkaTimeoutError:
-                _abandon(producer)
+            self._abandon(producer)
+            return
+        try:
+            producer.close(timeout=timeout)
+        except errors.KafkaTimeoutError:
+            self._abandon(producer)
 
     def failure(self, error: Exception, what: str) -> StreamError:
-        """Return the error to raise for one of the producer.
-
-        One that a transaction died of is told as unavailable, since the transaction can be made again; whether
-        somebody else has taken our place is found out there.
-        """
+        """Return the error to raise for one of the producer; see `SharedProducer.failure`."""
         cause = next((part for part in error.args if isinstance(part, errors.KafkaError)), error)
         if self.transactional_id is None or isinstance(cause, _FINAL):
             return as_stream_error(cause, what)
         return StreamUnavailableError(f"{what}: the transaction failed ({explain(cause)})")
-
-
-def _abandon(producer: Any) -> None:
-    """Close a producer without writing what it holds."""
-    if producer is None:
-        return
-    # `close` gives up at its own flush and leaves the sending thread at work; only the sender can drop batches.
-    producer._sender.force_close()  # noqa: SLF001
-    with contextlib.suppress(errors.KafkaTimeoutError):
-        producer.close(timeout=1)
 
 
 class KafkaSink:

@@ -12,10 +12,9 @@ from kafka import KafkaAdminClient
 
 from streams.base import Message, Positions, StreamError, StreamUnavailableError
 from streams.clients import client_of, sink_of, source_of, transactions_of
-from streams.confluent_transactions import ConfluentTransactions
+from streams.group_transactions import GroupTransactions
 from streams.kafka import KafkaSettings
 from streams.kafka_note import read_note
-from streams.kafka_transactions import KafkaTransactions
 from tests.broker.daemons import everything
 from tests.broker.helpers import (
     AnySink,
@@ -39,7 +38,7 @@ class Member:
     source: AnySource
     sink: AnySink
     letters: AnySink
-    transactions: KafkaTransactions | ConfluentTransactions
+    transactions: GroupTransactions
 
     def send(self, value: bytes, end: int) -> Positions:
         self.sink.send([Message(None, value)])
@@ -152,17 +151,18 @@ def test_a_transaction_that_expired_is_made_again(place: Place, member: Members)
     assert place.seen() == [b"in time"]
 
 
-def unheard(really: Callable[..., None]) -> Callable[..., None]:
-    """The second call to librdkafka, the commit, is done, and nobody hears of it."""
-    calls: list[str] = []
+class Late:
+    """A producer whose commits are done and not heard of in time."""
 
-    def call(what: str, *arguments: Any, **options: float) -> None:
-        really(what, *arguments, **options)
-        calls.append(what)
-        if len(calls) == 2:
-            raise StreamUnavailableError("no answer from the cluster")
+    def __init__(self, producer: Any) -> None:
+        self._producer = producer
 
-    return call
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._producer, name)
+
+    def commit_transaction(self, *arguments: float) -> None:
+        self._producer.commit_transaction(*arguments)
+        time.sleep(3)
 
 
 def test_a_commit_that_happened_and_was_not_heard_of_is_found_out(
@@ -170,17 +170,8 @@ def test_a_commit_that_happened_and_was_not_heard_of_is_found_out(
 ) -> None:
     one = member()
     ready(one)
-    if isinstance(one.transactions, ConfluentTransactions):
-        monkeypatch.setattr(one.transactions, "_do", unheard(one.transactions._do))
-    else:
-        producer = one.transactions._client.producer
-        really = producer.commit_transaction
-
-        def late() -> None:
-            really()
-            time.sleep(3)
-
-        monkeypatch.setattr(producer, "commit_transaction", late)
+    shared = one.transactions._client
+    monkeypatch.setattr(type(one.transactions), "_producer", property(lambda _: Late(shared.producer)))
     one.transactions.begin()
     with pytest.raises(StreamUnavailableError, match="no answer from the cluster"):
         one.transactions.commit(one.send(b"a", 5), None, 2)

@@ -180,8 +180,7 @@ def test_a_sink_forgets_what_was_handed_to_a_producer_that_was_given_up(
     monkeypatch.setattr(kafka_sink, "describe", lambda *_, **__: {"out": Topic(1, "")})
     client = KafkaClient(SETTINGS, transactional_id="g-m")
     sink = KafkaSink("out", SETTINGS, client=client)
-    client.acquire()
-    client.producer.config["max_request_size"] = 1000
+    client.acquire().config["max_request_size"] = 1000
     sink.open()
     sink.send([Message(None, b"a")])
     assert sink.pending == 1
