@@ -16,6 +16,7 @@ from streams.confluent_client import FORBIDDEN, Watch, as_stream_error, describe
 from streams.confluent_config import batch_size, producer_config
 from streams.kafka_settings import KafkaSettings
 from streams.shared_producer import SharedProducer
+from streams.topic_sink import RECORD_OVERHEAD, TopicSink
 
 _FINAL = frozenset(
     {
@@ -24,9 +25,6 @@ _FINAL = frozenset(
         KafkaError.UNSUPPORTED_VERSION,
     }
 )
-
-_RECORD_OVERHEAD = 128
-"""Bytes that a record and its batch may cost beside key, value and headers."""
 
 
 class ConfluentClient(SharedProducer[Producer]):
@@ -82,51 +80,28 @@ class ConfluentClient(SharedProducer[Producer]):
         return StreamUnavailableError(f"{what}: the transaction failed ({explain(found)})")
 
 
-class ConfluentSink:
+class ConfluentSink(TopicSink[ConfluentClient]):
     """Writes messages to one topic through librdkafka; implements `streams.base.Sink` as `KafkaSink` does.
 
-    Messages stay in the client until every in-sync replica has them, however long an outage lasts: a batch is
-    never dropped, so none overtakes another of its partition and none is written twice. ``max_pending`` bounds how
-    many wait in the producer, whoever of its sinks sent them, and ``queue.buffering.max.kbytes`` how large they are;
-    a rest of one `send` that does not fit waits in the sink, and is handed over before anything newer.
+    ``max_pending`` bounds how many messages wait in the producer, whoever of its sinks sent them, and
+    ``queue.buffering.max.kbytes`` how large they are; a rest of one `send` that does not fit waits in the sink, and is
+    handed over before anything newer.
 
     librdkafka does not split a batch that is larger than its topic allows, so the batches of a client are as small as
     its first topic needs. Where we may not see ``max.message.bytes`` of a topic and it is below ``batch.size`` (131072
     unless `extra` says otherwise), a batch is refused though each of its messages would fit.
     """
 
-    def __init__(
-        self,
-        topic: str,
-        settings: KafkaSettings,
-        *,
-        client: ConfluentClient | None = None,
-        max_pending: int = 10_000,
-        send_timeout: float = 30.0,
-    ) -> None:
-        """Prepare; nothing is connected before `open`.
+    _limit_setting = "message.max.bytes"
+    _refused_advice = ", or smaller batches (batch.size in extra)"
+    _producer: Producer | None = None
 
-        Args:
-            topic: Where to write; it must exist.
-            settings: How to reach the cluster.
-            client: The producer to share with other sinks; none makes one of its own.
-            max_pending: Unconfirmed messages at most.
-            send_timeout: Seconds that `send` may wait for room.
-        """
-        self.topic = topic
-        self.settings = settings
-        self.max_pending = max_pending
-        self.send_timeout = send_timeout
-        self._client = client or ConfluentClient(settings)
-        self._producer: Producer | None = None
+    def _set_up(self) -> None:
         self._rest: deque[Message] = deque()
         self._refused: tuple[KafkaError, int] | None = None
-        self._limit = 0
 
-    @property
-    def name(self) -> str:
-        """The topic."""
-        return self.topic
+    def _own_client(self) -> ConfluentClient:
+        return ConfluentClient(self.settings)
 
     @property
     def pending(self) -> int:
@@ -144,7 +119,7 @@ class ConfluentSink:
             return
         largest = describe(self.settings, [self.topic], limits=True)[self.topic].max_bytes
         self._producer = self._client.acquire(largest)
-        self._limit = min(self._client.limit, largest or self._client.limit) - _RECORD_OVERHEAD
+        self._limit = min(self._client.limit, largest or self._client.limit) - RECORD_OVERHEAD
 
     def send(self, messages: Sequence[Message]) -> None:
         """Hand messages over in order; they are durable after `flush`.
@@ -198,7 +173,7 @@ class ConfluentSink:
 
     def _opened(self) -> Producer:
         if self._producer is None:
-            raise StreamError(f"the sink of topic {self.topic} is not open")
+            raise self._not_open()
         producer = self._client.producer
         if producer is None:
             raise StreamUnavailableError(f"topic {self.topic}: the producer was given up")
@@ -261,25 +236,13 @@ class ConfluentSink:
         if self._refused is None:
             return
         (error, size), self._refused = self._refused, None
-        if error.code() == KafkaError.MSG_SIZE_TOO_LARGE:
-            raise StreamError(
-                f"topic {self.topic} refuses a message of {size} bytes: raise max.message.bytes of the topic"
-                " (message.max.bytes of the broker), or send less, or smaller batches (batch.size in extra)"
-            )
-        if error.code() in FORBIDDEN:
-            raise as_stream_error(error, f"writing to {self.topic}")
-        if self._client.transactional_id is not None:
-            raise self._client.failure(error, f"writing to {self.topic}")
-        raise StreamError(f"topic {self.topic} lost a message that was sent: {explain(error)}")
+        too_large = error.code() == KafkaError.MSG_SIZE_TOO_LARGE
+        raise self._refusal(error, explain(error), size, too_large=too_large, forbidden=error.code() in FORBIDDEN)
 
     def _check_size(self, message: Message) -> None:
         size = _size(*message)
         if size > self._limit:
-            key = "no key" if message.key is None else f"a key of {len(message.key)} bytes"
-            raise StreamError(
-                f"a message of {size} bytes ({key}) is too large for topic {self.topic}, where {self._limit} are"
-                " allowed: raise max.message.bytes of the topic and message.max.bytes in extra, or send less"
-            )
+            raise self._too_large(size, message)
 
 
 def _size(key: bytes | None, value: bytes, headers: Any) -> int:

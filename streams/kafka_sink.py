@@ -13,12 +13,9 @@ from kafka.partitioner import StickyPartitioner
 
 from streams.base import Message, StreamError, StreamUnavailableError
 from streams.kafka_client import as_stream_error, connect, describe, explain, forbidden
-from streams.kafka_settings import KafkaSettings
 from streams.murmur import murmur2
 from streams.shared_producer import SharedProducer
-
-_RECORD_OVERHEAD = 128
-"""Bytes that a record and its batch may cost beside key, value and headers."""
+from streams.topic_sink import RECORD_OVERHEAD, TopicSink
 
 _TOO_LARGE = (errors.MessageSizeTooLargeError, errors.RecordListTooLargeError)
 
@@ -74,46 +71,21 @@ class KafkaClient(SharedProducer[Any]):
         return StreamUnavailableError(f"{what}: the transaction failed ({explain(cause)})")
 
 
-class KafkaSink:
+class KafkaSink(TopicSink[KafkaClient]):
     """Writes messages to one topic; implements `streams.base.Sink`.
 
-    Messages stay in the client until every in-sync replica has them, however long an outage lasts: a batch is
-    never dropped, so none overtakes another of its partition and none is written twice. ``max_pending`` bounds
-    what waits, since kafka-python bounds it by nothing. `send` takes all of its messages or none; with more of
-    them than ``max_pending`` it waits until nothing else is pending.
+    ``max_pending`` bounds what waits, since kafka-python bounds it by nothing. `send` takes all of its messages or
+    none; with more of them than ``max_pending`` it waits until nothing else is pending.
     """
 
-    def __init__(
-        self,
-        topic: str,
-        settings: KafkaSettings,
-        *,
-        client: KafkaClient | None = None,
-        max_pending: int = 10_000,
-        send_timeout: float = 30.0,
-    ) -> None:
-        """Prepare; nothing is connected before `open`.
+    _limit_setting = "max_request_size"
+    _producer: Any = None
 
-        Args:
-            topic: Where to write; it must exist.
-            settings: How to reach the cluster.
-            client: The producer to share with other sinks; none makes one of its own.
-            max_pending: Unconfirmed messages at most.
-            send_timeout: Seconds that `send` may wait for room.
-        """
-        self.topic = topic
-        self.settings = settings
-        self.max_pending = max_pending
-        self.send_timeout = send_timeout
-        self._client = client or KafkaClient(settings)
-        self._producer: Any = None
+    def _set_up(self) -> None:
         self._pending: deque[tuple[Any, int]] = deque()
-        self._limit = 0
 
-    @property
-    def name(self) -> str:
-        """The topic."""
-        return self.topic
+    def _own_client(self) -> KafkaClient:
+        return KafkaClient(self.settings)
 
     @property
     def pending(self) -> int:
@@ -138,7 +110,7 @@ class KafkaSink:
             raise as_stream_error(error, f"topic {self.topic}") from error
         # Known beforehand, as a message that the broker refuses for its size ends an idempotent producer for good.
         largest = int(producer.config["max_request_size"])
-        self._limit = min(largest, described.max_bytes or largest) - _RECORD_OVERHEAD
+        self._limit = min(largest, described.max_bytes or largest) - RECORD_OVERHEAD
         self._producer = producer
 
     def send(self, messages: Sequence[Message]) -> None:
@@ -201,7 +173,7 @@ class KafkaSink:
 
     def _opened(self) -> Any:
         if self._producer is None:
-            raise StreamError(f"the sink of topic {self.topic} is not open")
+            raise self._not_open()
         if self._client.transactional_id is not None:
             self._follow(self._client.producer)
         return self._producer
@@ -240,20 +212,8 @@ class KafkaSink:
                 ) from error
 
     def _refused(self, error: Exception, size: int) -> StreamError:
-        if isinstance(error, _TOO_LARGE):
-            return StreamError(
-                f"topic {self.topic} refuses a message of {size} bytes: raise max.message.bytes of the topic"
-                " (message.max.bytes of the broker), or send less"
-            )
-        if forbidden(error) or self._client.transactional_id is not None:
-            return self._client.failure(error, f"writing to {self.topic}")
-        return StreamError(f"topic {self.topic} lost a message that was sent: {explain(error)}")
-
-    def _too_large(self, size: int, message: Message) -> StreamError:
-        key = "no key" if message.key is None else f"a key of {len(message.key)} bytes"
-        return StreamError(
-            f"a message of {size} bytes ({key}) is too large for topic {self.topic}, where {self._limit} are allowed:"
-            " raise max.message.bytes of the topic and max_request_size in extra, or send less"
+        return self._refusal(
+            error, explain(error), size, too_large=isinstance(error, _TOO_LARGE), forbidden=forbidden(error)
         )
 
 
