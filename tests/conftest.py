@@ -15,3 +15,15 @@ def _logs_as_before() -> Iterator[None]:
     structlog.reset_defaults()
     logging.root.handlers[:] = handlers
     logging.root.setLevel(level)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say how many states the enumerators of crashes have visited."""
+    told = [
+        (report.nodeid, value)
+        for report in terminalreporter.getreports("passed")
+        for name, value in report.user_properties
+        if name == "crash_states"
+    ]
+    for test, states in told:
+        terminalreporter.write_line(f"{states} distinct crash states: {test}")

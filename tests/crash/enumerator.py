@@ -2,7 +2,8 @@
 
 The model is that of a local journalling file system, at its least helpful:
 
-- bytes that were written and not synced may be there, partly there, absent, or there in length and zero in content;
+- bytes that were written and not synced may be there, absent, there up to any of the writes or to the middle of one,
+  or there in length and zero in content;
 - changes of names in a directory (create, remove, rename) that were not synced may each be there or not, in any
   combination, also when the bytes that they name are missing;
 - a rename inside one directory is one change; across directories it is two.
@@ -28,6 +29,16 @@ Tree: TypeAlias = "dict[str, Tree | bytes]"
 class File:
     written: bytearray = field(default_factory=bytearray)
     durable: bytes = b""
+    ends: list[int] = field(default_factory=list)
+    """How long it was after each write since the last sync."""
+
+    def append(self, data: bytes | memoryview) -> None:
+        self.written += data
+        self.ends.append(len(self.written))
+
+    def sync(self) -> None:
+        self.durable = bytes(self.written)
+        self.ends.clear()
 
 
 @dataclass(eq=False)
@@ -65,7 +76,7 @@ class MemoryFile(io.RawIOBase):
     def write(self, data: object, /) -> int:
         self.disk.happens("write")
         view = memoryview(cast("bytes", data))[: self.disk.most]
-        self.node.written += view
+        self.node.append(view)
         return len(view)
 
 
@@ -109,8 +120,7 @@ class MemoryDisk:
 
     def fsync(self, file: BinaryIO) -> None:
         self.happens("fsync")
-        node = cast("MemoryFile", file).node
-        node.durable = bytes(node.written)
+        cast("MemoryFile", file).node.sync()
 
     def open(self, path: Path) -> BinaryIO:
         node = self._find(path)
@@ -202,8 +212,13 @@ def _states(node: File | Directory) -> Iterator[Tree | bytes]:
     if isinstance(node, Directory):
         yield from _directory_states(node)
         return
-    whole = bytes(node.written)
-    if whole == node.durable:
+    whole, durable = bytes(node.written), node.durable
+    if whole == durable:
         yield whole
-    else:
-        yield from {node.durable, whole, whole[: (len(node.durable) + len(whole)) // 2], bytes(len(whole))}
+        return
+    found = {durable, whole}
+    if whole.startswith(durable):
+        found.add(durable + bytes(len(whole) - len(durable)))
+        for before, after in itertools.pairwise([len(durable), *node.ends]):
+            found |= {whole[: (before + after) // 2], whole[:after]}
+    yield from found
