@@ -21,6 +21,7 @@ from engine.methods import Choice, Methods
 from engine.policy import Endpoint, Learning, Policy
 from policies.interfaces import PolicyError
 from policies.norm import NormSelection
+from policies.optimizers import SGD, Adam, AdamW
 from streams.base import Sink, Source, Transactions
 from streams.clients import client_of, sink_of, source_of, transactions_of
 from streams.codec import InputSpec
@@ -116,10 +117,8 @@ def _learned(learning: Learning, model: nn.Module) -> list[str]:
 
 def _optimizer(learning: Learning, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     if learning.optimizer == "sgd":
-        return torch.optim.SGD(
-            parameters, lr=learning.lr, momentum=learning.momentum, weight_decay=learning.weight_decay
-        )
-    kind = torch.optim.Adam if learning.optimizer == "adam" else torch.optim.AdamW
+        return SGD(parameters, lr=learning.lr, momentum=learning.momentum, weight_decay=learning.weight_decay)
+    kind = Adam if learning.optimizer == "adam" else AdamW
     return kind(parameters, lr=learning.lr, betas=(learning.momentum, 0.999), weight_decay=learning.weight_decay)
 
 

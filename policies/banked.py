@@ -13,7 +13,7 @@ from kernels import softmax_entropy
 from policies.interfaces import Adaptation, Batch, Context, MethodParams, Outcome, State, StepKind
 from policies.memory import KeptInputs
 from policies.norm import Blending, NormSelection, all_finite, only_require_grad
-from policies.optimizers import load_optimizer_state, optimizer_state
+from policies.optimizers import Adam, load_optimizer_state, optimizer_state
 
 _log = logging.getLogger(__name__)
 
@@ -173,7 +173,7 @@ class OneModelBanked(BankedAdaptation):
         self._blending = blending
         self._named = params.parameters(context.model)
         self.adapted = frozenset(self._named)
-        self._optimizer = torch.optim.Adam(self._named.values(), lr=lr)
+        self._optimizer = Adam(self._named.values(), lr=lr)
         self._stepped_model = context.model
         self.gauges["adapted_values"] = sum(p.numel() for p in self._named.values())
         _log.info("%s adapts %d values in %d parameters", self.name, self.gauges["adapted_values"], len(self._named))

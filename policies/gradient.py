@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from policies.interfaces import Adaptation, Batch, Context, Outcome, State, StepKind, Weights
 from policies.memory import fastest
 from policies.norm import BlendedBatchNorm, Blending, NormSelection, only_require_grad
-from policies.optimizers import load_optimizer_state, optimizer_state
+from policies.optimizers import SGD, Adam, load_optimizer_state, optimizer_state
 
 EMPTY = "empty"
 """No row was worth a step; momentum must not move weights then."""
@@ -36,8 +36,8 @@ class GradientParams(NormSelection):
     def built(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         """The optimizer over ``parameters``."""
         if self.optimizer == "adam":
-            return torch.optim.Adam(parameters, lr=self.lr)
-        return torch.optim.SGD(parameters, lr=self.lr, momentum=0.9)
+            return Adam(parameters, lr=self.lr)
+        return SGD(parameters, lr=self.lr, momentum=0.9)
 
 
 class GradientAdaptation(Adaptation):

@@ -1,13 +1,38 @@
-"""The state of a torch optimizer as tensors and JSON values, by parameter name."""
+"""Optimizers without PyTorch's compiler, and their state as tensors and JSON values, by parameter name.
+
+PyTorch's own ones ask ``torch._dynamo`` to leave their methods alone, and import it for that when the first one is
+made: a start takes as long again as importing PyTorch itself, for a compiler that nothing here uses.
+"""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from policies.interfaces import State
+
+Kind = TypeVar("Kind", bound=torch.optim.Optimizer)
+
+
+def _plain(kind: type[Kind]) -> type[Kind]:
+    """The same optimizer, bit for bit, whose methods are those that the compiler's decorators wrap."""
+    own: dict[str, Any] = {
+        "step": torch.no_grad()(inspect.unwrap(kind.step)),  # the decorator that is left out switches gradients off
+        "add_param_group": inspect.unwrap(kind.add_param_group),
+        "zero_grad": inspect.unwrap(kind.zero_grad),
+        "__doc__": kind.__doc__,
+        "__module__": __name__,
+    }
+    return type(kind.__name__, (kind,), own)
+
+
+SGD = _plain(torch.optim.SGD)
+Adam = _plain(torch.optim.Adam)
+AdamW = _plain(torch.optim.AdamW)
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter]) -> State:

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from policies.optimizers import AdamW
+
 
 class DigitNet(nn.Module):
     """Three convolutions with BatchNorm over 8x8 digits.
@@ -45,7 +47,7 @@ def train(x: Tensor, y: Tensor, *, epochs: int = 25, seed: int = 0) -> DigitNet:
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     model = DigitNet().train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=1e-2)
+    optimizer = AdamW(model.parameters(), lr=3e-3, weight_decay=1e-2)
     steps = epochs * (len(x) // 64)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=steps)
     for _ in range(epochs):

@@ -24,7 +24,7 @@ from policies.interfaces import (
 )
 from policies.memory import fastest
 from policies.norm import Blending
-from policies.optimizers import load_optimizer_state, optimizer_state
+from policies.optimizers import Adam, load_optimizer_state, optimizer_state
 from policies.teachers import follow
 
 _log = logging.getLogger(__name__)
@@ -99,7 +99,7 @@ class CoTTA(Adaptation):
         self._anchor = dict(self._anchor_model.named_parameters())
         models = (context.model, self._student_model, self._anchor_model)
         self._norms = [Blending(model, share=1.0, unbiased=False, store=False) for model in models]
-        self._optimizer = torch.optim.Adam(self._student.values(), lr=params.lr)
+        self._optimizer = Adam(self._student.values(), lr=params.lr)
         self._generator = torch.Generator(context.device).manual_seed(context.seed)
         self._waiting: list[tuple[Tensor, Tensor]] = []
         values = sum(p.numel() for p in self._student.values())

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from kernels import softmax_entropy
 from policies.gradient import GradientAdaptation, GradientParams
 from policies.interfaces import Context, State
+from policies.optimizers import SGD
 from policies.sharpness import with_gradients
 
 
@@ -59,7 +60,7 @@ class MeZO(GradientAdaptation):
         def built(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
             """The optimizer over ``parameters``."""
             if self.optimizer == "sgd":
-                return torch.optim.SGD(parameters, lr=self.lr)
+                return SGD(parameters, lr=self.lr)
             return super().built(parameters)
 
     params: Params

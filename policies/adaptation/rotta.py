@@ -15,7 +15,7 @@ from policies.banked import BankedAdaptation
 from policies.interfaces import Context, State, Weights, load_weights
 from policies.memory import Bank, Timetable
 from policies.norm import Blending, NormSelection
-from policies.optimizers import load_optimizer_state, optimizer_state
+from policies.optimizers import Adam, load_optimizer_state, optimizer_state
 from policies.teachers import follow
 
 _log = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ class RoTTA(BankedAdaptation):
         self._student = params.parameters(self._student_model)
         self._teacher_norm = Blending(context.model, share=params.alpha, unbiased=False, store=True)
         self._student_norm = Blending(self._student_model, share=params.alpha, unbiased=False, store=True)
-        self._optimizer = torch.optim.Adam(self._student.values(), lr=params.lr, betas=(params.beta1, 0.999))
+        self._optimizer = Adam(self._student.values(), lr=params.lr, betas=(params.beta1, 0.999))
         self._generator = torch.Generator(context.device).manual_seed(context.seed)
         self._stepped_model = self._student_model
         counts = sum(p.numel() for p in self._student.values()), len(self._student)

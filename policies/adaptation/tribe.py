@@ -18,7 +18,7 @@ from policies.balanced import BalancedBatchNorm, overall
 from policies.interfaces import Adaptation, Batch, Context, Outcome, State, StepKind, Weights, load_weights
 from policies.memory import fastest
 from policies.norm import Blending, NormSelection, all_finite, only_require_grad
-from policies.optimizers import load_optimizer_state, optimizer_state
+from policies.optimizers import Adam, load_optimizer_state, optimizer_state
 from policies.teachers import follow
 
 _log = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ class TRIBE(Adaptation):
         self.adapted = frozenset(self._named)
         self._anchor_model = copy.deepcopy(context.source).requires_grad_(False)
         self._live, self._anchor = self._balanced(context.model), self._balanced(self._anchor_model)
-        self._optimizer = torch.optim.Adam(self._named.values(), lr=params.lr)
+        self._optimizer = Adam(self._named.values(), lr=params.lr)
         self._generator = torch.Generator(context.device).manual_seed(context.seed)
         self._limit = params.margin * math.log(context.num_classes)
         self._forget()

@@ -135,8 +135,7 @@ IMPORTS = (
     "streams.kafka_sink",
     "streams.confluent_sink",
     "streams.confluent_source",
-    "torch._dynamo",  # optimizers import it when they are made
-    "uvicorn.lifespan.off",  # and these the server, when it starts
+    "uvicorn.lifespan.off",  # the server imports these when it starts
     "uvicorn.protocols.http.auto",
     "uvicorn.protocols.websockets.auto",
 )
