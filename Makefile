@@ -2,6 +2,8 @@ PYTHON ?= python
 export PYTHONDONTWRITEBYTECODE ?= 1
 # Processes that tests are spread over; 0 runs them in one.
 WORKERS ?= 2
+# Where the kill sweeps write what they found; empty for nowhere.
+ADAPTD_CRASH_RESULT ?= benchmarks/results/crash.json
 
 .PHONY: check test broker crash bench docs format
 
@@ -19,7 +21,7 @@ broker:  ## against a real Apache Kafka
 	$(PYTHON) -m pytest -n $(WORKERS) -m broker tests/broker
 
 crash:  ## 1,000 kills on files and on a real Kafka; ADAPTD_CRASH_KILLS=100 or ADAPTD_CRASH_SECONDS=300 for fewer
-	$(PYTHON) -m pytest -n $(WORKERS) --dist loadfile -m crash tests/crash
+	ADAPTD_CRASH_RESULT="$(ADAPTD_CRASH_RESULT)" $(PYTHON) -m pytest -n $(WORKERS) --dist loadfile -m crash tests/crash
 
 bench:  ## every benchmark, results into benchmarks/results
 	$(PYTHON) -m benchmarks

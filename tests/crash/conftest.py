@@ -1,10 +1,9 @@
-"""Fixtures of the crash tier: the zygote, workloads and what uninterrupted runs make of them, and the report."""
+"""Fixtures of the crash tier: the zygote, workloads and what uninterrupted runs make of them, and the one result."""
 
 import json
 import os
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,7 +11,8 @@ import pytest
 
 from tests.broker.conftest import admin, bootstrap, client, node, settings, topic
 from tests.crash import workload
-from tests.crash.sweep import FileTrial, Report
+from tests.crash.results import KILLS, summary
+from tests.crash.sweep import FileTrial
 from tests.crash.verifier import truth_of
 from tests.crash.workload import Workload
 from tests.crash.zygote import Zygote
@@ -20,6 +20,9 @@ from tests.crash.zygote import Zygote
 __all__ = ["admin", "bootstrap", "client", "node", "settings", "topic"]
 
 EVENTS = 600
+Tell = Callable[[str, object], None]
+"""The fixture ``record_property``."""
+
 POLICIES = {"bn": workload.POLICY, "rotta": workload.ROTTA}
 
 
@@ -66,28 +69,13 @@ def uninterrupted(zygote: Zygote, work: Workload, tmp_path_factory: pytest.TempP
     return runs
 
 
-@pytest.fixture(scope="session")
-def reports() -> Iterator[list[Report]]:
-    """What the sweeps of this session found; written where ``ADAPTD_CRASH_RESULT`` says."""
-    made: list[Report] = []
-    yield made
-    path = os.environ.get("ADAPTD_CRASH_RESULT")
-    if path and made:
-        Path(path).write_text(json.dumps(summary(made), indent=2) + "\n")
-
-
-def summary(reports: list[Report]) -> dict[str, object]:
-    sweeps = {report.name: report.as_json() for report in reports}
-    totals = {
-        key: sum(sweep[key] for sweep in sweeps.values())
-        for key in ("kills", "lost", "applied_twice", "missing", "different", "duplicates")
-    }
-    return {"command": command(), "python": sys.version.split()[0], **totals, "sweeps": sweeps}
-
-
-def command() -> str:
-    """What gives these results again, but for the instants of random kills."""
-    given = {
-        key: value for key, value in sorted(os.environ.items()) if key in ("ADAPTD_CRASH_KILLS", "ADAPTD_CRASH_SECONDS")
-    }
-    return " ".join([*(f"{key}={value}" for key, value in given.items()), "make crash"])
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say what all sweeps together have found, and write it where ``ADAPTD_CRASH_RESULT`` says."""
+    told = [*terminalreporter.getreports("passed"), *terminalreporter.getreports("failed")]
+    sweeps = dict(value for report in told for name, value in report.user_properties if name == KILLS)
+    if not sweeps:
+        return
+    made = summary(sweeps)
+    terminalreporter.write_line(json.dumps({key: made[key] for key in made if key != "sweeps"}))
+    if path := os.environ.get("ADAPTD_CRASH_RESULT"):
+        Path(path).write_text(json.dumps(made, indent=2) + "\n")

@@ -32,16 +32,41 @@ LIMIT = 40.0
 WHILE_RESTORING = ("restore.loaded:1", "restore.applied:1", "replay:1", "replay:2", "replay:7", "disk.rename:1")
 
 
+PHASES = {
+    "reading": ("reader.polled", "reader.decoded", "reader.handed", "reader.commit", "reader.committed"),
+    "journal": ("cut", "journal."),
+    "answering": ("answered", "answers.put", "followed", "feedback.joined"),
+    "learning": ("learn.", "job."),
+    "sending": ("writer.", "files."),
+    "checkpoint": ("snapshot", "checkpoint.saved", "disk."),
+    "restoring": ("restore.", "replay"),
+    "reload": ("reload.",),
+    "leaving": ("drain",),
+    "any moment": ("random",),
+}
+"""What the daemon was at when it was killed, by how the names of failpoints begin."""
+
+
+def phase_of(point: str) -> str:
+    """The phase of a failpoint."""
+    return next(phase for phase, names in PHASES.items() if point.startswith(names))
+
+
 @dataclass
 class Report:
     """What a sweep did and found.
 
     Attributes:
+        name: Of the sweep.
+        client: That reads and writes; ``files`` where there is none.
+        delivery: The mode of delivery.
         kills: By failpoint and pass, or ``random``.
         unreached: Failpoints and passes that no life came to.
     """
 
     name: str
+    client: str
+    delivery: str
     seed: int
     kills: Counter[str] = field(default_factory=Counter)
     compound: int = 0
@@ -53,9 +78,13 @@ class Report:
     def as_json(self) -> dict[str, Any]:
         found = self.findings
         by_point: Counter[str] = Counter()
+        by_phase: Counter[str] = Counter()
         for name, count in self.kills.items():
             by_point[name.partition(":")[0]] += count
+            by_phase[phase_of(name)] += count
         return {
+            "client": self.client,
+            "delivery": self.delivery,
             "kills": self.kills.total(),
             "kills_while_restoring_after_a_kill": self.compound,
             "trials": self.trials,
@@ -66,6 +95,7 @@ class Report:
             "missing": found.missing,
             "different": found.different,
             "duplicates": found.duplicates,
+            "by_phase": dict(sorted(by_phase.items())),
             "by_failpoint": dict(sorted(by_point.items())),
             "by_pass": dict(sorted(self.kills.items())),
             "not_reached": sorted(self.unreached),

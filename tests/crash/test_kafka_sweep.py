@@ -12,8 +12,9 @@ from kafka import KafkaAdminClient
 from streams.kafka import KafkaSettings
 from tests.broker.daemons import Topics
 from tests.broker.helpers import TopicFactory
-from tests.crash.conftest import Budget
+from tests.crash.conftest import Budget, Tell
 from tests.crash.kafka_trial import KafkaTrial
+from tests.crash.results import KILLS
 from tests.crash.sweep import Report, sweep
 from tests.crash.workload import Workload
 from tests.crash.zygote import Zygote
@@ -46,7 +47,7 @@ def trials(
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("delivery", ["at_least_once", "exactly_once"])
 def test_killed_anywhere_every_event_is_answered_and_learned_from_once(
-    trials: Make, delivery: str, client: str, zygote: Zygote, budget: Budget, reports: list[Report], tmp_path: Path
+    trials: Make, delivery: str, client: str, zygote: Zygote, budget: Budget, record_property: Tell, tmp_path: Path
 ) -> None:
     made = trials(delivery)
     trial = next(made)
@@ -57,9 +58,8 @@ def test_killed_anywhere_every_event_is_answered_and_learned_from_once(
     assert not trial.wait(life, None)
     length = time.monotonic() - started
     assert trial.judge().problems == []
-    report = Report(f"{client}, {delivery}", budget.seed)
-    reports.append(report)
+    report = Report(f"{client}, {delivery}", client, delivery, budget.seed)
     sweep(made, report, kills=int(budget.kills * SHARE), seconds=budget.seconds * SHARE, length=length)
-    print(f"\n{report.as_json()}")
+    record_property(KILLS, [report.name, report.as_json()])
     assert report.findings.problems == []
     assert report.kills.total() > 0

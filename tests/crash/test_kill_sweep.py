@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.crash import workload
-from tests.crash.conftest import POLICIES, Budget
+from tests.crash.conftest import POLICIES, Budget, Tell
+from tests.crash.results import KILLS
 from tests.crash.sweep import FileTrial, Report, sweep
 from tests.crash.workload import Workload
 from tests.crash.zygote import Zygote
@@ -37,16 +38,15 @@ def trials(zygote: Zygote, work: Workload, uninterrupted: dict[str, FileTrial], 
 
 @pytest.mark.timeout(3600)
 def test_killed_anywhere_the_daemon_ends_as_if_nothing_had_happened(
-    trials: Iterator[FileTrial], budget: Budget, reports: list[Report]
+    trials: Iterator[FileTrial], budget: Budget, record_property: Tell
 ) -> None:
     started = time.monotonic()
     trial = next(trials)
     assert not trial.wait(trial.start(""), None)
     length = time.monotonic() - started
-    report = Report("files", budget.seed)
-    reports.append(report)
+    report = Report("files", "files", "at_least_once", budget.seed)
     sweep(trials, report, kills=int(budget.kills * SHARE), seconds=budget.seconds * SHARE, length=length)
-    print(f"\n{report.as_json()}")
+    record_property(KILLS, [report.name, report.as_json()])
     assert report.findings.problems == []
     assert report.kills.total() > 0
 
