@@ -56,11 +56,15 @@ class RDumb(ETA):
         self._batches += len(self._waiting)
         outcome = super().update()
         if self._batches // self.params.every > before:
-            self._anchor.restore(self._named)
-            self._optimizer.state.clear()
-            self._mean = None
-            self.gauges["resets"] += 1
+            self._start_over()
         return outcome
+
+    def _start_over(self) -> None:
+        """The anchor's values, an empty optimizer, no running mean."""
+        self._anchor.restore(self._named)
+        self._optimizer.state.clear()
+        self._mean = None
+        self.gauges["resets"] += 1
 
     def learned(self, before: Weights, after: Weights) -> None:
         """Move the anchor as the live weights were moved."""

@@ -17,6 +17,7 @@ from policies.stepping import SafeStepper
 CLASSES = 4
 FEATURES = 6
 IMAGE = (3, 8, 8)
+TOKENS = 11
 
 
 def conv_bn() -> nn.Module:
@@ -46,18 +47,63 @@ def mlp_bn1d() -> nn.Module:
     return nn.Sequential(nn.Linear(FEATURES, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, CLASSES))
 
 
+def mlp_group_norm() -> nn.Module:
+    return nn.Sequential(nn.Linear(FEATURES, 8), nn.GroupNorm(2, 8), nn.ReLU(), nn.Linear(8, CLASSES))
+
+
+def conv() -> nn.Module:
+    """Without any normalisation layer."""
+    return nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, CLASSES))
+
+
+class Transformer(nn.Module):
+    """One encoder layer over tokens, whose outputs are averaged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(TOKENS, 8)
+        self.layer = nn.TransformerEncoderLayer(8, 2, dim_feedforward=16, batch_first=True)
+        self.head = nn.Linear(8, CLASSES)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.layer(self.embed(tokens)).mean(1))
+        return logits
+
+
+class Heads(nn.Module):
+    """A trunk with three heads, of which it uses the mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(nn.Linear(FEATURES, 8), nn.LayerNorm(8), nn.ReLU())
+        self.heads = nn.ModuleList(nn.Linear(8, CLASSES) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.trunk(x)
+        return torch.stack([head(features) for head in self.heads]).mean(0)
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "conv_bn": conv_bn,
     "mlp": mlp,
     "mlp_layer_norm": mlp_layer_norm,
     "mlp_bn1d": mlp_bn1d,
 }
+"""What every method is tested on."""
+
+OTHERS: dict[str, Callable[[], nn.Module]] = {
+    "mlp_heads": Heads,
+    "mlp_group_norm": mlp_group_norm,
+    "conv": conv,
+    "transformer": Transformer,
+}
+"""Model kinds beside these: several heads, GroupNorm, images without normalisation, sequences of tokens."""
 
 
 def source_model(name: str) -> nn.Module:
     """A model of the given kind whose statistics have seen data."""
     torch.manual_seed(3)
-    model = MODELS[name]().train()
+    model = (MODELS | OTHERS)[name]().train()
     with torch.no_grad():
         for _ in range(4):
             model(draw(name, 32))
@@ -65,8 +111,10 @@ def source_model(name: str) -> nn.Module:
 
 
 def draw(name: str, rows: int) -> Tensor:
-    """Rows for the model of that name: images in [0, 1], or normal features."""
-    return torch.rand(rows, *IMAGE) if name == "conv_bn" else torch.randn(rows, FEATURES)
+    """Rows for the model of that name: images in [0, 1], tokens, or normal features."""
+    if name == "transformer":
+        return torch.randint(TOKENS, (rows, 5))
+    return torch.rand(rows, *IMAGE) if name.startswith("conv") else torch.randn(rows, FEATURES)
 
 
 def context_for(source: nn.Module, seed: int = 11, classes: int = CLASSES) -> Context:

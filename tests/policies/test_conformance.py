@@ -54,9 +54,11 @@ EAGER: dict[str, dict[str, Any]] = {
     "memo": {"views": 2},
     "petta": {"capacity": 6, "interval": 8, "nu": 0.1, "prototype_rows": 30},
     "rdumb": {"margin": 1.0, "similarity": 1.0, "every": 3},
+    "graded": {"margin": 1.0, "similarity": 1.0, "every": 5, "cooldown": 1, "watch": 3, "memory": 4},
     "tribe": {"margin": 1.0, "eta": 0.1},
     "t3a": {"supports": 2},
     "adanpc": {"capacity": 20, "neighbours": 3, "confidence": 0.0},
+    "foa": {"window": 4, "reference_rows": 20},
 }
 """What stands for the defaults of methods that choose rows, as models that were never trained are sure of none, or that
 fill their memory slowly."""
@@ -64,7 +66,7 @@ fill their memory slowly."""
 COSTLY = {"memo"}
 """Methods with passes of their own for every row: fewer rows and models do."""
 
-SOURCES = {name: source_model(name) for name in MODELS}
+SOURCES = {name: source_model(name) for name in (*MODELS, "mlp_heads")}
 
 
 def made(name: str, params: dict[str, Any], model: str, seed: int = 11) -> Adaptation:
@@ -87,6 +89,7 @@ def refusal(name: str, params: dict[str, Any], model: str) -> str:
 
 
 ALL = [(name, EAGER.get(name, {}), model) for name in known("adaptation") for model in MODELS]
+ALL += [("drm", params, "mlp_heads") for params in ({}, {"confidence": 0.0, "gamma": -1.0})]
 ALL += [(name, p, model) for name, more in VARIANTS.items() for p in more for model in ("conv_bn", "mlp")]
 REFUSED = {(name, model): why for name, params, model in ALL if (why := refusal(name, params, model))}
 CASES = [
@@ -102,7 +105,8 @@ every_case = pytest.mark.parametrize(("name", "params", "model"), CASES)
 
 
 def test_a_model_is_refused_with_a_sentence_that_offers_another_method() -> None:
-    assert {model for _, model in REFUSED} <= {"mlp", "mlp_layer_norm"}, "BatchNorm suits every method"
+    refused = {model for name, model in REFUSED if name not in ("drm", "nhl")}
+    assert refused <= {"mlp", "mlp_layer_norm"}, "BatchNorm suits every method that wants no heads or convolution"
     for name, why in REFUSED.items():
         assert "choose" in why, name
 
@@ -292,9 +296,10 @@ def test_detach_leaves_the_model_as_it_was_found(name: str, params: dict[str, An
 
 @pytest.mark.parametrize("name", known("adaptation"))
 def test_memory_does_not_grow_with_the_stream(name: str) -> None:
-    method = made(name, EAGER.get(name, {}), "mlp_bn1d")
+    model = {"drm": "mlp_heads", "nhl": "conv_bn"}.get(name, "mlp_bn1d")
+    method = made(name, EAGER.get(name, {}), model)
     sizes = []
-    for number, batch in enumerate(stream("mlp_bn1d", 100, 2 if name in COSTLY else 16)):
+    for number, batch in enumerate(stream(model, 100, 2 if name in COSTLY else 16)):
         drive(method, [batch])
         if number in (9, 99):
             sizes.append(size_of(method.state_dict()))
