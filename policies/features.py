@@ -13,7 +13,8 @@ class Features:
     """Catches the features of each forward of a model.
 
     Features are the input of the module named ``layer``; by default that of the last `torch.nn.Linear` (one with K
-    outputs, if there is one); in a model without any, what its method ``features`` returns.
+    outputs, if there is one); in a model without any, what its method ``features`` returns. Where a linear layer takes
+    several positions of a row, ``(B, ..., d)``, their mean counts.
 
     Args:
         model: Gets a hook on that module.
@@ -55,6 +56,8 @@ class Features:
             raise PolicyError(
                 f"adaptation '{self._user}' got {len(features)} rows of features for {rows} rows of logits"
             )
+        if features.dim() > 2 and isinstance(self.head, nn.Linear):
+            return features.flatten(1, -2).mean(1)
         return features.flatten(1)
 
     def remove(self) -> None:

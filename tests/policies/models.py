@@ -70,6 +70,19 @@ class Transformer(nn.Module):
         return logits
 
 
+class Tagger(nn.Module):
+    """Classifies every position of a sequence; the mean is the answer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(FEATURES // 2)
+        self.head = nn.Linear(FEATURES // 2, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.norm(x.unflatten(1, (2, -1)))).mean(1)
+        return logits
+
+
 class Heads(nn.Module):
     """A trunk with three heads, of which it uses the mean."""
 
@@ -96,8 +109,9 @@ OTHERS: dict[str, Callable[[], nn.Module]] = {
     "mlp_group_norm": mlp_group_norm,
     "conv": conv,
     "transformer": Transformer,
+    "tagger": Tagger,
 }
-"""Model kinds beside these: several heads, GroupNorm, images without normalisation, sequences of tokens."""
+"""Model kinds beside these: several heads, GroupNorm, no normalisation, sequences, a classifier of every position."""
 
 
 def source_model(name: str) -> nn.Module:
