@@ -227,10 +227,6 @@ def test_a_preset_runs_with_a_model_of_ones_own(name: str) -> None:
         assert isinstance(params, registry.find(kind, method).Params)
 
 
-def test_the_presets_are_those_promised() -> None:
-    assert presets() == ["auto", "bn", "guarded", "lame", "none", "rotta", "tent"]
-
-
 @pytest.mark.parametrize("text", [KAFKA, BASE, BASE + "preset: guarded\n"])
 def test_the_policy_in_force_loads_as_itself(tmp_path: Path, text: str) -> None:
     loaded = load(write(tmp_path, text), environ={})
