@@ -71,6 +71,18 @@ class Families:
         self.lag_seconds = self._gauge(
             "lag_seconds", "Age of the newest record applied while more wait; 0 when none do", "stream", "partition"
         )
+        self.retention_records = self._gauge(
+            "retention_margin_records",
+            "Offsets between the first that a partition still has and where a restart would read on",
+            "stream",
+            "partition",
+        )
+        self.retention_seconds = self._gauge(
+            "retention_margin_seconds",
+            "Time until retention gets to what is not applied yet, going on as in the last hour",
+            "stream",
+            "partition",
+        )
         self.queue_depth = self._gauge(
             "queue_depth", "What waits: input in records, output and deferred in batches", "queue"
         )

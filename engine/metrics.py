@@ -57,6 +57,7 @@ class Metrics(Families):
         self._levels: dict[Counter, float] = {}
         self._newest: dict[Partition, float] = {}
         self._lagging: set[Partition] = set()
+        self._near: set[Partition] = set()
         self._job: Job | None = None
         self._events = 0
         self._release: int | None = None
@@ -137,6 +138,10 @@ class Metrics(Families):
             self._lagging.discard(partition)
             self.lag_records.remove(*map(str, partition))
             self.lag_seconds.remove(*map(str, partition))
+        if partition in self._near:
+            self._near.discard(partition)
+            self.retention_records.remove(*map(str, partition))
+            self.retention_seconds.remove(*map(str, partition))
 
     # -- what the core shows ------------------------------------------------------------------------------------
 
@@ -212,7 +217,12 @@ class Metrics(Families):
             for partition, lag in dict(reader.lag).items():
                 seen.add(partition)
                 self._lag(partition, lag, now if lag or behind else None)
-        for partition in self._lagging - seen:
+            for partition, margin in dict(reader.retention.margins).items():
+                seen.add(partition)
+                self._near.add(partition)
+                self.retention_records.labels(*map(str, partition)).set(margin.records)
+                self.retention_seconds.labels(*map(str, partition)).set(margin.seconds)
+        for partition in (self._lagging | self._near) - seen:
             self._forget(partition)
 
     def _lag(self, partition: Partition, lag: int, now: float | None) -> None:

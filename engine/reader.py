@@ -21,6 +21,7 @@ import structlog
 
 from engine.cutter import Bad, Item
 from engine.holdings import Holdings, Standing, seen_before
+from engine.retention import Retention
 from streams.base import Found, Partition, Positions, Record, Source, StreamUnavailableError
 from streams.codec import InputSpec, decode_events, decode_feedback
 from streams.journal import Kind, Run
@@ -109,9 +110,9 @@ class Reader:
         self.partitions: list[Partition] = []
         self.committed: Positions = {}
         self.lag: dict[Partition, int] = {}
+        self.retention = Retention(source)
         self.last_poll = 0.0
-        self.seen = 0
-        self.bytes = 0
+        self.seen = self.bytes = 0
 
     # -- the source's questions, on the reader's thread ---------------------------------------------------------
 
@@ -142,6 +143,7 @@ class Reader:
             self._holdings.leave(partition, standing)
             self._rebuilding.pop(partition, None)
             self.lag.pop(partition, None)
+            self.retention.forget(partition)
         if standing is not None and standing.done and not lost:
             self._source.commit(standing.done, standing.floors)
 
@@ -214,6 +216,7 @@ class Reader:
                     self._look_for_trouble()
                     self._commit()
                     self.lag = self._source.lag()
+                    self.retention.look(now, self.lag)
             self._commit()
         finally:
             self.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +45,15 @@ def status(daemon: Daemon) -> dict[str, Any]:
         "partitions": [f"{s}-{n}" for reader in daemon.readers for s, n in reader.partitions],
         "positions": {f"{s}-{n}": at for (s, n), at in sorted(dict(daemon.runner.positions).items())},
         "lag": {f"{s}-{n}": lag for reader in daemon.readers for (s, n), lag in sorted(dict(reader.lag).items())},
+        "retention": {
+            f"{s}-{n}": {
+                "records": margin.records,
+                "seconds": None if math.isnan(margin.seconds) else round(margin.seconds),
+                "near": margin.near,
+            }
+            for reader in daemon.readers
+            for (s, n), margin in sorted(dict(reader.retention.margins).items())
+        },
         "rebuilding": dict(zip(("partitions", "records"), daemon.handover.rebuilding, strict=True)),
         "replaying": daemon.cutter.replaying,
         "replayed": daemon.runner.replayed,

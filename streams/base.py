@@ -150,6 +150,13 @@ class Source(Protocol):
         """What tells each stream from another of the same name (a topic that was made anew), where that is known."""
         ...
 
+    def beginnings(self) -> Positions:
+        """The first offset still there of each partition now assigned; empty where nothing goes, or it is not known.
+
+        Asks the other side, for two seconds at most.
+        """
+        ...
+
     def lag(self) -> dict[Partition, int]:
         """Records (bytes, for files) between the position of `poll` and the end of each partition, if known."""
         ...

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaException, Message, TopicPartition
 
-from streams.base import Found, Partition, StreamError, StreamUnavailableError
+from streams.base import Found, Partition, Positions, StreamError, StreamUnavailableError
 from streams.confluent_client import describe, error_of
 from streams.kafka_client import Topic
 from streams.kafka_fetch import gone
@@ -56,6 +56,16 @@ def look_up(
             earliest = found[tp.topic, tp.partition].earliest
             found[tp.topic, tp.partition] = Found(earliest, tp.offset, theirs, note.floor)
     return found
+
+
+def beginnings(consumer: Consumer, partitions: Iterable[Partition]) -> Positions:
+    """Return the first offset that each partition still has; empty if no broker tells it within two seconds."""
+    asked = [TopicPartition(*partition) for partition in partitions]
+    try:
+        found = look_up(consumer, asked, group=False, member="", timeout=2.0)
+    except KafkaException:
+        return {}
+    return {partition: at.earliest for partition, at in found.items()}
 
 
 def _checked(partitions: Sequence[TopicPartition]) -> Sequence[TopicPartition]:

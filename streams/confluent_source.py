@@ -20,7 +20,7 @@ from streams.confluent_commits import Commits
 from streams.confluent_config import consumer_config, session_seconds
 from streams.confluent_fetch import records
 from streams.confluent_places import PLACING_TIMEOUT, Places
-from streams.confluent_placing import ask_for, out_of_range
+from streams.confluent_placing import ask_for, beginnings, out_of_range
 from streams.confluent_transactions import Membership
 from streams.kafka_settings import KafkaSettings
 
@@ -251,6 +251,10 @@ class ConfluentSource:
     def group_metadata(self) -> Membership | None:
         """This member as the group knows it, for offsets in a transaction; None while it does not. From any thread."""
         return None if self._consumer is None else self._places.membership
+
+    def beginnings(self) -> Positions:
+        """See `Source.beginnings`."""
+        return {} if self._consumer is None else beginnings(self._consumer, self._places.positions)
 
     def lag(self) -> dict[Partition, int]:
         """Records between the position of `poll` and the end of each partition as of its last fetch."""

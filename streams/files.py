@@ -150,6 +150,10 @@ class FileSource:
         """None here: each partition remembers the file that it was read from, and refuses another."""
         return {}
 
+    def beginnings(self) -> Positions:
+        """None here: nobody takes away what a file holds."""
+        return {}
+
     def lag(self) -> dict[Partition, int]:
         """Bytes (rows, for ``.npz``) between the position of `poll` and the end of each partition."""
         return {partition: reader.lag() for partition, reader in self._readers.items()}

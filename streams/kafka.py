@@ -15,7 +15,7 @@ from kafka import KafkaConsumer, TopicPartition, errors
 from streams.base import Assignment, Found, Partition, Positions, Record, StreamError, StreamUnavailableError
 from streams.kafka_client import as_stream_error, check_topics, connect, describe, explain, unreachable
 from streams.kafka_commits import Commits
-from streams.kafka_fetch import free_slot, gone, records
+from streams.kafka_fetch import beginnings, free_slot, gone, records
 from streams.kafka_note import read_note
 from streams.kafka_rebalance import HandoverError, HandoverListener, check_together
 from streams.kafka_settings import KafkaSettings
@@ -241,6 +241,10 @@ class KafkaSource:
         """This member as the group knows it, for offsets in a transaction; None while closed. From any thread."""
         consumer = self._consumer
         return None if consumer is None else consumer.group_metadata()
+
+    def beginnings(self) -> Positions:
+        """See `Source.beginnings`."""
+        return {} if self._consumer is None or self._unplaced else beginnings(self._consumer, self._owned)
 
     def lag(self) -> dict[Partition, int]:
         """Records between the position of `poll` and the end of each partition as of its last fetch."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from kafka import TopicPartition
+from kafka import TopicPartition, errors
 
-from streams.base import Record
+from streams.base import Partition, Positions, Record
 
 
 def free_slot(consumer: Any) -> None:
@@ -21,6 +21,15 @@ def free_slot(consumer: Any) -> None:
     fetcher: Any = getattr(consumer, "_fetcher", None)
     if not getattr(fetcher, "_next_partition_records", True):
         fetcher._next_partition_records = None  # noqa: SLF001
+
+
+def beginnings(consumer: Any, partitions: Iterable[Partition]) -> Positions:
+    """Return the first offset that each partition still has; empty if no broker tells it within two seconds."""
+    try:
+        found = consumer.beginning_offsets([TopicPartition(*p) for p in partitions], timeout_ms=2000)
+    except errors.KafkaError:
+        return {}
+    return {(tp.topic, tp.partition): offset for tp, offset in found.items()}
 
 
 def gone(tp: TopicPartition, offset: int, earliest: int) -> str:

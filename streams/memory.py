@@ -150,6 +150,10 @@ class MemorySource:
         """None: nobody can make a stream anew in here."""
         return {}
 
+    def beginnings(self) -> Positions:
+        """The first offset still there of each partition."""
+        return {partition: self._firsts[partition] for partition in self._positions}
+
     def lag(self) -> dict[Partition, int]:
         """Records between the position of `poll` and the end of each partition."""
         return {p: self._firsts[p] + len(records) - self._at(p) for p, records in self._partitions.items()}

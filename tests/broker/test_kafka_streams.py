@@ -111,6 +111,19 @@ def test_a_position_that_retention_removed_is_refused_with_the_choices(
         source(name, keeper=Keeper({(name, 0): 3}))
 
 
+def test_the_first_offset_that_is_left_is_told_as_retention_moves_it(
+    topic: TopicFactory, source: Opened, sink: SinkFactory, admin: KafkaAdminClient
+) -> None:
+    name = topic()
+    write(sink(name), 20)
+    reading = source(name)
+    assert reading.beginnings() == {(name, 0): 0}
+    admin.delete_records({TopicPartition(name, 0): 15})
+    assert reading.beginnings() == {(name, 0): 15}
+    reading.close()
+    assert reading.beginnings() == {}
+
+
 def test_a_position_that_goes_while_reading_is_refused(
     topic: TopicFactory, settings: KafkaSettings, sink: SinkFactory, admin: KafkaAdminClient
 ) -> None:

@@ -41,6 +41,7 @@ STATUS_KEYS = {
     "lag",
     "replaying",
     "rebuilding",
+    "retention",
     "replayed",
     "checkpoint",
     "background_job",

@@ -13,6 +13,7 @@ from engine.core import Core
 from engine.daemon import Daemon
 from engine.learner import Job
 from engine.metrics import Metrics
+from engine.retention import Margin
 from policies.interfaces import Action, Decision, Outcome
 from streams.base import Record
 from streams.codec import Event
@@ -54,6 +55,8 @@ FROZEN = {
     "adaptd_labels": ("counter", ()),
     "adaptd_lag_records": ("gauge", ("stream", "partition")),
     "adaptd_lag_seconds": ("gauge", ("stream", "partition")),
+    "adaptd_retention_margin_records": ("gauge", ("stream", "partition")),
+    "adaptd_retention_margin_seconds": ("gauge", ("stream", "partition")),
     "adaptd_latency_seconds": ("histogram", ()),
     "adaptd_learning_loss": ("gauge", ()),
     "adaptd_method_value": ("gauge", ("method", "name")),
@@ -111,6 +114,7 @@ def event(timestamp: float, partition: int = 0) -> Event:
 
 def daemon_of(core: Core, *, lag: dict[tuple[str, int], int] | None = None, waiting: int = 0) -> Daemon:
     reader = SimpleNamespace(bytes=100, paused=("data",), lag=lag or {}, waiting=lambda taken: waiting)
+    reader.retention = SimpleNamespace(margins={p: Margin(9, 1.0) for p in lag or {}})
     keeper = SimpleNamespace(store=SimpleNamespace(epoch=3), fallbacks=1)
     found = SimpleNamespace(
         core=core,
@@ -313,6 +317,7 @@ def test_partitions_that_go_take_their_lag_with_them() -> None:
     assert ("lag_records", "0", "data") in Value(metrics)
     metrics.revoked([("data", 0), ("other", 9)])
     assert ("lag_records", "0", "data") not in Value(metrics)
+    assert ("retention_margin_records", "0", "data") not in Value(metrics)
     metrics.look(daemon_of(core))
     assert ("lag_seconds", "1", "data") not in Value(metrics)
 
