@@ -44,15 +44,6 @@ def test_the_hidden_model_trails_the_live_one() -> None:
         assert not torch.equal(live[name], start)
 
 
-def test_reset_forgets_variance_and_hidden_model() -> None:
-    method = on_scores("cmf", lr=0.1)
-    drive(method, [batch_of(logits_of([0.9, 0.1], [0.3, 0.7]))])
-    assert method.state_dict()["variance"] > 0
-    method.reset()
-    assert method.state_dict()["variance"] == 0
-    assert all(torch.equal(method.state_dict()["hidden"][n], t) for n, t in weights_of(method.context.source).items())
-
-
 def test_labelled_learning_moves_anchor_and_hidden_model() -> None:
     method = on_scores("cmf")
     method.learned({"norm.bias": torch.zeros(2)}, {"norm.bias": torch.ones(2)})

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from policies.adaptation.eata import EATA, ETA
-from tests.policies.models import batch_of, drive, weights_of
+from tests.policies.models import batch_of, drive
 from tests.policies.scores import logits_of, on_scores
 
 
@@ -60,19 +60,6 @@ def test_the_running_mean_follows_chosen_rows() -> None:
     wanted = torch.zeros(10)
     wanted[:2] = torch.tensor([0.9 * 0.97 + 0.1 * 0.01, 0.9 * 0.03 + 0.1 * 0.99])
     torch.testing.assert_close(method.state_dict()["mean"], wanted, atol=1e-6, rtol=0)
-
-
-@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-def test_nothing_chosen_moves_nothing_though_there_is_momentum(optimizer: str) -> None:
-    method = eta(optimizer=optimizer, lr=0.1)
-    drive(method, [batch_of(logits_of([0.9, 0.1], classes=10))])
-    before, mean = weights_of(method.context.model), method.state_dict()["mean"].clone()
-    method.adapt(batch_of(torch.zeros(4, 10)))
-    outcome = method.update()
-    assert outcome is not None
-    assert outcome.reason == "empty"
-    assert all(torch.equal(t, before[key]) for key, t in method.context.model.state_dict().items())
-    assert torch.equal(method.state_dict()["mean"], mean)
 
 
 def test_the_fisher_is_the_mean_square_of_batch_gradients() -> None:

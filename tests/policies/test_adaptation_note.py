@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from policies.adaptation.note import NOTE, smoothed_entropy
+from policies.adaptation.note import NOTE
 from policies.iabn import InstanceAwareBatchNorm, TrackingBatchNorm, shrunk
 from policies.reservoirs import Reservoir
 from tests.policies.models import batch_of, build, context_for, drive, source_model, stream, weights_of
@@ -41,10 +41,6 @@ def test_a_row_without_variance_stays_finite() -> None:
     out = iabn(k=0.1)(torch.full((1, 1, 8, 8), 3.0))
     assert bool(shrunk(torch.tensor([-2.0, 0.5]), torch.tensor([1.0, 1.0])).eq(torch.tensor([-1.0, 0.0])).all())
     assert bool(out.isfinite().all())
-
-
-def test_the_entropy_is_averaged_over_classes_too() -> None:
-    assert smoothed_entropy(torch.zeros(3, 2)).item() == pytest.approx(0.34657, abs=1e-5)
 
 
 def test_training_mode_normalises_by_the_batch_and_moves_the_stored_statistics() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from policies.adaptation.roid import corrected, diversity_weights, likelihood_ratio, symmetric_cross_entropy
-from tests.policies.models import applied, batch_of, drive, weights_of
+from tests.policies.models import batch_of, drive, weights_of
 from tests.policies.scores import logits_of, on_scores
 
 
@@ -49,27 +49,10 @@ def test_weights_follow_diversity_and_certainty() -> None:
     torch.testing.assert_close(weights, torch.tensor([0.0, math.exp(3), 0.0]))
 
 
-@pytest.mark.parametrize("rows", [1, 5])
-def test_one_row_and_equal_rows_have_finite_weights(rows: int) -> None:
-    probabilities = torch.tensor([[0.75, 0.25]]).expand(rows, -1)
-    weights = diversity_weights(torch.full((2,), 0.5), probabilities, torch.full((rows,), 0.562335), 1 / 3)
-    torch.testing.assert_close(weights, torch.full((rows,), math.exp(3)))
-    for name in ("roid", "cmf"):
-        method = on_scores(name, prior_correction=False)
-        method.adapt(batch_of(logits_of(*[[0.75, 0.25]] * rows)))
-        assert applied(method.update())
-        assert math.isfinite(method.gauges["loss"])
-
-
 def test_the_prior_of_a_worked_batch() -> None:
     logits = logits_of([0.9, 0.1], [0.9, 0.1])
     added = corrected(logits) - logits
     torch.testing.assert_close(added.exp(), torch.tensor([[0.689474, 0.310526]] * 2), atol=1e-6, rtol=0)
-
-
-def test_the_prior_raises_the_frequent_class_though_logits_are_negative() -> None:
-    rows = torch.tensor([[-1.0, -2.0]]).repeat(8, 1)
-    assert corrected(rows).argmax(1).tolist() == [0] * 8
 
 
 def test_rows_that_are_not_finite_do_not_touch_the_prior_of_others() -> None:

@@ -34,15 +34,6 @@ def test_a_row_moves_the_template_of_its_class() -> None:
     torch.testing.assert_close(scores, torch.tensor([[2.176251, 1.0]]), atol=1e-6, rtol=0)
 
 
-def test_the_supports_grow_up_to_their_number_and_no_further() -> None:
-    method = t3a(supports=3)
-    sizes = []
-    for _ in range(5):
-        drive(method, [batch_of(torch.tensor([[2.0, 1.0], [1.0, 2.0]]))])
-        sizes.append(method.gauges["supports"])
-    assert sizes == [2, 4, 6, 6, 6]
-
-
 def test_the_surest_of_each_class_stay() -> None:
     labels = torch.tensor([1, 0, 1, 1, 0])
     entropies = torch.tensor([0.3, 0.1, 0.2, 0.2, 0.05])

@@ -90,16 +90,6 @@ def test_a_bad_loss_leaves_weights_and_optimizer_bit_for_bit(name: str, factor: 
     assert unchanged(held, optimizer)
 
 
-@pytest.mark.parametrize("name", ["momentum", "adam"])
-def test_the_mean_over_an_empty_selection_moves_nothing_although_momentum_would(name: str) -> None:
-    model, optimizer = warmed(name)
-    weights, held = weights_of(model), memory(optimizer)
-    outcome = SafeStepper().step(model, optimizer, model(ROWS)[:0].mean(), KIND)
-    assert not outcome.applied
-    assert same(weights, weights_of(model))
-    assert unchanged(held, optimizer)
-
-
 def test_a_loss_that_depends_on_no_parameter_is_empty() -> None:
     model, optimizer = warmed("adam")
     assert SafeStepper().step(model, optimizer, torch.tensor(1.0), KIND) == Outcome(False, "empty")
