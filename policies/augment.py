@@ -8,9 +8,31 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor
 
+from policies.interfaces import MethodParams
+
 Augmentation = Literal["auto", "image", "noise", "none"]
+
+
+class ViewParams(MethodParams):
+    """How a method makes views of its inputs.
+
+    Attributes:
+        augmentation: How views are made, see `policies.augment.augment`.
+        image_noise: Standard deviation of the pixel noise of ``image``.
+        noise: Standard deviation of ``noise`` in units of each feature's own.
+    """
+
+    augmentation: Augmentation = "auto"
+    image_noise: float = Field(default=0.005, ge=0)
+    noise: float = Field(default=0.1, ge=0)
+
+    def view(self, inputs: Tensor, generator: torch.Generator) -> Tensor:
+        """A strongly augmented copy of ``inputs (N, *shape)``."""
+        return augment(self.augmentation, inputs, generator, image_noise=self.image_noise, noise=self.noise)
+
 
 _GREY = (0.299, 0.587, 0.114)
 """Luma of red, green and blue (ITU-R BT.601)."""

@@ -6,11 +6,11 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -19,6 +19,18 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from policies.interfaces import MethodParams, PolicyError
 
 NormType = Literal["batch", "layer", "group", "instance"]
+
+
+def _compiles(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"not a regular expression: {error}") from None
+    return pattern
+
+
+Pattern = Annotated[str, AfterValidator(_compiles)]
+"""A regular expression."""
 
 
 class NormSelection(MethodParams):
@@ -31,17 +43,8 @@ class NormSelection(MethodParams):
     """
 
     layers: tuple[NormType, ...] = Field(default=("batch", "layer", "group"), min_length=1)
-    include: str = ""
-    exclude: str = ""
-
-    @field_validator("include", "exclude")
-    @classmethod
-    def _compiles(cls, pattern: str) -> str:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(f"not a regular expression: {error}") from None
-        return pattern
+    include: Pattern = ""
+    exclude: Pattern = ""
 
     def parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """The selected ``weight`` and ``bias`` parameters by their names in ``model.state_dict()``.
@@ -313,6 +316,7 @@ __all__ = [
     "Blending",
     "NormSelection",
     "NormType",
+    "Pattern",
     "all_finite",
     "only_require_grad",
 ]

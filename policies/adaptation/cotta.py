@@ -10,12 +10,11 @@ from pydantic import Field
 from torch import Tensor
 
 from kernels import lerp_
-from policies.augment import Augmentation, augment
+from policies.augment import ViewParams
 from policies.interfaces import (
     Adaptation,
     Batch,
     Context,
-    MethodParams,
     Outcome,
     State,
     StepKind,
@@ -26,6 +25,7 @@ from policies.memory import fastest
 from policies.norm import Blending
 from policies.optimizers import Adam, load_optimizer_state, optimizer_state
 from policies.teachers import follow
+from policies.waiting import Waiting
 
 _log = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ class CoTTA(Adaptation):
 
     name = "cotta"
 
-    class Params(MethodParams):
+    class Params(ViewParams):
         """Parameters of CoTTA.
 
         Attributes:
@@ -73,9 +73,6 @@ class CoTTA(Adaptation):
             views: How many.
             symmetric: Whether the loss goes both ways.
             lr: Adam's learning rate.
-            augmentation: How views are made, see `policies.augment.augment`.
-            image_noise: Standard deviation of the pixel noise of ``image``.
-            noise: Standard deviation of ``noise`` in units of each feature's own.
         """
 
         momentum: float = Field(default=0.999, ge=0, le=1)
@@ -84,9 +81,6 @@ class CoTTA(Adaptation):
         views: int = Field(default=32, ge=1)
         symmetric: bool = False
         lr: float = Field(default=1e-3, ge=0)
-        augmentation: Augmentation = "auto"
-        image_noise: float = Field(default=0.005, ge=0)
-        noise: float = Field(default=0.1, ge=0)
 
     def __init__(self, params: Params, context: Context) -> None:
         super().__init__(params, context)
@@ -101,7 +95,7 @@ class CoTTA(Adaptation):
         self._norms = [Blending(model, share=1.0, unbiased=False, store=False) for model in models]
         self._optimizer = Adam(self._student.values(), lr=params.lr)
         self._generator = torch.Generator(context.device).manual_seed(context.seed)
-        self._waiting: list[tuple[Tensor, Tensor]] = []
+        self._waiting = Waiting()
         values = sum(p.numel() for p in self._student.values())
         _log.info("cotta adapts %d values in %d parameters", values, len(self._student))
         self.gauges |= {"adapted_values": values, "anchor_confidence": 0.0, "loss": 0.0, "rows_rejected": 0}
@@ -114,31 +108,20 @@ class CoTTA(Adaptation):
             confidence = float(anchored[anchored.isfinite()].mean().nan_to_num(nan=1.0))
             logits: Tensor
             if confidence < self.params.threshold:
-                logits = self.context.model(self._view(inputs))
+                logits = self.context.model(self.params.view(inputs, self._generator))
                 for _ in range(self.params.views - 1):
-                    logits += self.context.model(self._view(inputs))
+                    logits += self.context.model(self.params.view(inputs, self._generator))
                 logits /= self.params.views
             else:
                 logits = self.context.model(inputs)
         self.gauges["anchor_confidence"] = confidence
-        self._waiting.append((inputs, logits))
+        self._waiting.add(inputs, logits)
         return logits
-
-    def _view(self, inputs: Tensor) -> Tensor:
-        """A strongly augmented copy."""
-        return augment(
-            self.params.augmentation,
-            inputs,
-            self._generator,
-            image_noise=self.params.image_noise,
-            noise=self.params.noise,
-        )
 
     def update(self) -> Outcome | None:
         """Step on every batch answered since the last call."""
-        waiting, self._waiting = self._waiting, []
         outcome = None
-        for inputs, answered in waiting:
+        for inputs, answered in self._waiting.take():
             outcome = self._step(inputs, answered)
         return outcome
 
@@ -191,7 +174,7 @@ class CoTTA(Adaptation):
             load_weights(model, self.context.source.state_dict())
         self._optimizer.state.clear()
         self._generator.manual_seed(self.context.seed)
-        self._waiting = []
+        self._waiting.clear()
 
     def detach(self) -> None:
         """Put the original BatchNorm layers back."""
@@ -204,14 +187,13 @@ class CoTTA(Adaptation):
             "anchor": self._anchor_model.state_dict(),
             "optimizer": optimizer_state(self._optimizer, self._student),
             "generator": self._generator.get_state(),
-            "waiting": [{"inputs": inputs, "answered": answered} for inputs, answered in self._waiting],
+            "waiting": self._waiting.state(),
         }
 
     def load_state_dict(self, state: State) -> None:
         """Take over a copy of a state."""
-        device = self.context.device
         load_weights(self._student_model, state["student"])
         load_weights(self._anchor_model, state["anchor"])
         load_optimizer_state(self._optimizer, self._student, state["optimizer"])
         self._generator.set_state(state["generator"].cpu())
-        self._waiting = [(fastest(row["inputs"].to(device)), row["answered"].to(device)) for row in state["waiting"]]
+        self._waiting.load(state["waiting"], self.context.device)

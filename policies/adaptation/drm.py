@@ -6,10 +6,11 @@ import re
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor, nn
 
 from policies.interfaces import Adaptation, Batch, Context, MethodParams, Outcome, PolicyError, State, StepKind
+from policies.norm import Pattern
 from policies.optimizers import load_optimizer_state, optimizer_state
 
 
@@ -57,19 +58,10 @@ class DRM(Adaptation):
             lr: Adam's learning rate for the heads.
         """
 
-        heads: str = ""
+        heads: Pattern = ""
         gamma: float = 1.0
         confidence: float = Field(default=1.1, ge=0)
         lr: float = Field(default=1e-4, ge=0)
-
-        @field_validator("heads")
-        @classmethod
-        def _compiles(cls, pattern: str) -> str:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"not a regular expression: {error}") from None
-            return pattern
 
     def __init__(self, params: Params, context: Context) -> None:
         super().__init__(params, context)

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from kernels import lerp_
 from policies.adaptation.rotta import RoTTA
-from policies.augment import augment
 from policies.features import Features
 from policies.interfaces import Context, Outcome, State, Weights, load_weights
 from policies.teachers import follow
@@ -134,13 +133,7 @@ class PeTTA(RoTTA):
             source = self._source_model(inputs)
         strength, self._rate = persistence(drift, self.params.pull, self.params.nu)
         self.gauges["drift"] = min(drift, 1e30)
-        view = augment(
-            self.params.augmentation,
-            inputs,
-            self._generator,
-            image_noise=self.params.image_noise,
-            noise=self.params.noise,
-        )
+        view = self.params.view(inputs, self._generator)
         with torch.enable_grad(), self._student_norm.active():
             plain, strong = self._student_model(inputs), self._student_model(view)
             pairs = [_cross(teacher, plain), _cross(plain, teacher), _cross(teacher, strong), _cross(strong, teacher)]

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from kernels import lerp_
-from policies.augment import Augmentation, augment
+from policies.augment import ViewParams
 from policies.banked import BankedAdaptation
 from policies.interfaces import Context, State, Weights, load_weights
 from policies.memory import Bank, Timetable
@@ -61,7 +61,7 @@ class RoTTA(BankedAdaptation):
 
     name = "rotta"
 
-    class Params(NormSelection):
+    class Params(NormSelection, ViewParams):
         """Parameters of RoTTA.
 
         Attributes:
@@ -73,9 +73,6 @@ class RoTTA(BankedAdaptation):
             lambda_u: Weight of uncertainty in the bank's score.
             lr: Adam's learning rate.
             beta1: Adam's first decay; the second is 0.999.
-            augmentation: How the student's view is made, see `policies.augment.augment`.
-            image_noise: Standard deviation of the pixel noise of ``image``.
-            noise: Standard deviation of ``noise`` in units of each feature's own.
         """
 
         capacity: int = Field(default=64, ge=1)
@@ -86,9 +83,6 @@ class RoTTA(BankedAdaptation):
         lambda_u: float = Field(default=1.0, ge=0)
         lr: float = Field(default=1e-3, ge=0)
         beta1: float = Field(default=0.9, ge=0, lt=1)
-        augmentation: Augmentation = "auto"
-        image_noise: float = Field(default=0.005, ge=0)
-        noise: float = Field(default=0.1, ge=0)
 
     _bank: Bank
 
@@ -123,13 +117,7 @@ class RoTTA(BankedAdaptation):
         inputs = self._bank.inputs
         with torch.no_grad(), self._teacher_norm.active():
             target = self.context.model(inputs).softmax(1)
-        view = augment(
-            self.params.augmentation,
-            inputs,
-            self._generator,
-            image_noise=self.params.image_noise,
-            noise=self.params.noise,
-        )
+        view = self.params.view(inputs, self._generator)
         with torch.enable_grad(), self._student_norm.active():
             cross_entropy = -(target * self._student_model(view).log_softmax(1)).sum(1)
             loss: Tensor = (timeliness(self._bank.ages()) * cross_entropy).mean()

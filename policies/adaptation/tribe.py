@@ -13,13 +13,14 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from kernels import softmax_entropy
-from policies.augment import Augmentation, augment
+from policies.augment import ViewParams
 from policies.balanced import BalancedBatchNorm, overall
 from policies.interfaces import Adaptation, Batch, Context, Outcome, State, StepKind, Weights, load_weights
 from policies.memory import fastest
 from policies.norm import Blending, NormSelection, all_finite, only_require_grad
 from policies.optimizers import Adam, load_optimizer_state, optimizer_state
 from policies.teachers import follow
+from policies.waiting import Waiting
 
 _log = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ class TRIBE(Adaptation):
 
     name = "tribe"
 
-    class Params(NormSelection):
+    class Params(NormSelection, ViewParams):
         """Parameters of TRIBE.
 
         Attributes:
@@ -66,18 +67,12 @@ class TRIBE(Adaptation):
                 thousand.
             anchor: Weight of the distance to the anchor's logits.
             lr: Adam's learning rate.
-            augmentation: How the student's view is made, see `policies.augment.augment`.
-            image_noise: Standard deviation of the pixel noise of ``image``.
-            noise: Standard deviation of ``noise`` in units of each feature's own.
         """
 
         eta: float = Field(default=0.01, gt=0, le=1)
         margin: float = Field(default=0.05, gt=0, le=1)
         anchor: float = Field(default=0.5, ge=0)
         lr: float = Field(default=1e-3, ge=0)
-        augmentation: Augmentation = "auto"
-        image_noise: float = Field(default=0.005, ge=0)
-        noise: float = Field(default=0.1, ge=0)
 
     def __init__(self, params: Params, context: Context) -> None:
         super().__init__(params, context)
@@ -89,6 +84,7 @@ class TRIBE(Adaptation):
         self._optimizer = Adam(self._named.values(), lr=params.lr)
         self._generator = torch.Generator(context.device).manual_seed(context.seed)
         self._limit = params.margin * math.log(context.num_classes)
+        self._waiting = Waiting()
         self._forget()
         values = sum(p.numel() for p in self._named.values())
         _log.info("tribe adapts %d values in %d parameters", values, len(self._named))
@@ -104,20 +100,19 @@ class TRIBE(Adaptation):
     def _forget(self) -> None:
         fresh = [layer.fresh(self.context.num_classes) for layer in _layers(self._live)]
         self._local = {which: [tensor.clone() for tensor in fresh] for which in ("live", "student", "anchor")}
-        self._waiting: list[tuple[Tensor, Tensor]] = []
+        self._waiting.clear()
 
     @torch.no_grad()
     def _adapt(self, batch: Batch) -> Tensor:
         inputs = fastest(batch.inputs)
         logits: Tensor = self.context.model(inputs)
-        self._waiting.append((inputs, logits))
+        self._waiting.add(inputs, logits)
         return logits
 
     def update(self) -> Outcome | None:
         """Step on every batch answered since the last call."""
-        waiting, self._waiting = self._waiting, []
         outcome = None
-        for inputs, answered in waiting:
+        for inputs, answered in self._waiting.take():
             finite = answered.isfinite().all(1)
             kept = int(finite.sum())
             self.gauges["rows_rejected"] += len(answered) - kept
@@ -152,13 +147,7 @@ class TRIBE(Adaptation):
         sure = entropy < self._limit
         kept = int(sure.sum())
         self.gauges["kept_ratio"] = kept / len(inputs)
-        view = augment(
-            self.params.augmentation,
-            inputs,
-            self._generator,
-            image_noise=self.params.image_noise,
-            noise=self.params.noise,
-        )
+        view = self.params.view(inputs, self._generator)
         with torch.set_grad_enabled(kept > 0), only_require_grad(self.context.model, self.adapted):
             live = self._pass(self.context.model, self._live, "live", inputs, labels)
             student = self._pass(self.context.model, self._live, "student", view, labels)
@@ -200,19 +189,18 @@ class TRIBE(Adaptation):
             "anchor": self._anchor_model.state_dict(),
             "optimizer": optimizer_state(self._optimizer, self._named),
             "generator": self._generator.get_state(),
-            "waiting": [{"inputs": inputs, "answered": answered} for inputs, answered in self._waiting],
+            "waiting": self._waiting.state(),
         }
 
     def load_state_dict(self, state: State) -> None:
         """Take over a copy of a state."""
-        device = self.context.device
         load_weights(self._anchor_model, state["anchor"])
         load_optimizer_state(self._optimizer, self._named, state["optimizer"])
         self._generator.set_state(state["generator"].cpu())
         for which, tensors in self._local.items():
             for tensor, held in zip(tensors, state["local"][which], strict=True):
                 tensor.copy_(held)
-        self._waiting = [(fastest(row["inputs"].to(device)), row["answered"].to(device)) for row in state["waiting"]]
+        self._waiting.load(state["waiting"], self.context.device)
 
 
 def _layers(blending: Blending) -> list[BalancedBatchNorm]:
