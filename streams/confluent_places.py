@@ -16,12 +16,7 @@ from streams.confluent_transactions import Membership
 from streams.kafka_fetch import gone
 from streams.kafka_rebalance import check_together
 from streams.kafka_settings import KafkaSettings
-
-PLACING_TIMEOUT = 2.0
-"""Seconds that one `poll` may take to find out where newly assigned partitions start; the next one tries again."""
-
-_GROWTH_INTERVAL = 60.0
-"""Seconds between two looks for partitions that were added to a topic."""
+from streams.topic_source import GROWTH_INTERVAL, PLACING_TIMEOUT
 
 ECHO = 60.0
 """Seconds after an outage within which a request from before it may still arrive."""
@@ -73,7 +68,7 @@ class Places:
         self._member = member
         self._settings = settings
         self._ends: Positions = {}
-        self._next_look = time.monotonic() + _GROWTH_INTERVAL
+        self._next_look = time.monotonic() + GROWTH_INTERVAL
 
     def subscribe(self, consumer: Consumer) -> None:
         """Take the partitions that the group gives."""
@@ -199,7 +194,7 @@ class Places:
         """Take partitions that were added to a topic. Raises as `place` does."""
         if time.monotonic() < self._next_look:
             return
-        self._next_look = time.monotonic() + _GROWTH_INTERVAL
+        self._next_look = time.monotonic() + GROWTH_INTERVAL
         timeout = min(PLACING_TIMEOUT, self._settings.timeout)
         found = {topic: consumer.list_topics(topic, timeout).topics[topic].partitions for topic in self._topics}
         known = {(topic, n) for topic, numbers in found.items() for n in numbers}

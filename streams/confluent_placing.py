@@ -8,28 +8,9 @@ from collections.abc import Iterable, Sequence
 from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaException, Message, TopicPartition
 
 from streams.base import Found, Partition, Positions, StreamError, StreamUnavailableError
-from streams.confluent_client import describe, error_of
-from streams.kafka_client import Topic
+from streams.confluent_client import error_of
 from streams.kafka_fetch import gone
-from streams.kafka_note import read_note
-from streams.kafka_settings import KafkaSettings
-
-
-def ask_for(settings: KafkaSettings, topics: Sequence[str], *, together: bool) -> dict[str, Topic]:
-    """Ask the cluster about topics, which need equally many partitions where a group reads them together.
-
-    Raises:
-        StreamUnavailableError: No broker answered.
-        StreamError: A topic does not exist, may not be read, or has more partitions than another.
-    """
-    described = describe(settings, topics)
-    if together and len({found.partitions for found in described.values()}) > 1:
-        told = ", ".join(f"{topic} has {found.partitions}" for topic, found in described.items())
-        raise StreamError(
-            f"topics that a group reads together need equally many partitions, but {told}: add partitions to the"
-            " smaller one, or read with static assignment"
-        )
-    return described
+from streams.kafka_note import found_beside
 
 
 def look_up(
@@ -51,10 +32,8 @@ def look_up(
     plain = [TopicPartition(tp.topic, tp.partition) for tp in partitions]
     for tp in _checked(consumer.committed(plain, timeout=left)):
         if tp.offset >= 0:
-            note = read_note(tp.metadata)
-            theirs = bool(note.owner) and note.owner != member
             earliest = found[tp.topic, tp.partition].earliest
-            found[tp.topic, tp.partition] = Found(earliest, tp.offset, theirs, note.floor)
+            found[tp.topic, tp.partition] = found_beside(tp.metadata, earliest, tp.offset, member)
     return found
 
 

@@ -9,20 +9,29 @@ heartbeats. So partitions are finished with inside the callback, and the group w
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from typing import Literal
+from collections.abc import Sequence
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 
 from streams.base import Assignment, Partition, Positions, Record, StreamError, StreamUnavailableError
-from streams.confluent_client import Watch, as_stream_error, error_of, explain, holders, make, no_broker, passes
+from streams.confluent_client import (
+    Watch,
+    as_stream_error,
+    describe,
+    error_of,
+    explain,
+    holders,
+    make,
+    no_broker,
+    passes,
+)
 from streams.confluent_commits import Commits
 from streams.confluent_config import consumer_config, session_seconds
 from streams.confluent_fetch import records
-from streams.confluent_places import PLACING_TIMEOUT, Places
-from streams.confluent_placing import ask_for, beginnings, out_of_range
+from streams.confluent_places import Places
+from streams.confluent_placing import beginnings, out_of_range
 from streams.confluent_transactions import Membership
-from streams.kafka_settings import KafkaSettings
+from streams.topic_source import PLACING_TIMEOUT, TopicSource
 
 _SESSION_MARGIN = 5.0
 """Seconds after the end of a session within which a group has let go of its member."""
@@ -31,68 +40,29 @@ _PROBE_INTERVAL = 1.0
 """Seconds between two looks whether a broker is there again."""
 
 
-class ConfluentSource:
+class ConfluentSource(TopicSource):
     """Reads topics through one consumer of librdkafka; implements `streams.base.Source` as `streams.kafka` does.
 
     `close` leaves the group at once, also as a named member: librdkafka keeps the place of one that closes, but not
     of one that ends its subscription first.
     """
 
-    def __init__(
-        self,
-        topics: Sequence[str],
-        settings: KafkaSettings,
-        *,
-        group: str | None = None,
-        assignment: Literal["static", "group"] = "static",
-        member: str | None = None,
-    ) -> None:
-        """Prepare; nothing is connected before `open`.
+    commits: Commits
+    _commits_kind = Commits
+    _failures = KafkaException
+    _consumer: Consumer | None
 
-        Args:
-            topics: What to read.
-            settings: How to reach the cluster.
-            group: Where offsets are committed; none commits nothing.
-            assignment: Whether to take all partitions or to share them.
-            member: Name of this reader among the members of the group, the same after a restart.
-
-        Raises:
-            StreamError: ``topics`` or ``group`` make no sense.
-        """
-        if not topics or len(set(topics)) < len(topics):
-            raise StreamError(f"topics must be named, each once; got {list(topics)}")
-        if assignment == "group" and group is None:
-            raise StreamError("partitions can be shared only in a group: name it in streams.kafka.group")
-        self.settings = settings
-        self.last_error: str | None = None
-        """What the client last reported and got over by itself."""
-        self.commits = Commits(settings.timeout, member or "")
-        """How committing goes: failures and the last error."""
-        self._topics = tuple(topics)
-        self._group = group
-        self._member = member
-        self._shared = assignment == "group"
-        self._consumer: Consumer | None = None
-        self._places = Places(topics, self.commits, group=group is not None, member=member or "", settings=settings)
+    def _set_up(self) -> None:
+        self._places = Places(
+            self._topics,
+            self.commits,
+            group=self._group is not None,
+            member=self._member or "",
+            settings=self.settings,
+        )
         self._flow = self._places.flow
         self._next_probe = 0.0
         self._shut_out: float | None = None
-        self._identities: dict[str, str] = {}
-
-    @property
-    def streams(self) -> tuple[str, ...]:
-        """The topics."""
-        return self._topics
-
-    @property
-    def bounded(self) -> bool:
-        """Never: a topic has no end."""
-        return False
-
-    @property
-    def shared(self) -> bool:
-        """Whether the members of a group share the partitions."""
-        return self._shared
 
     @property
     def rebalances(self) -> int:
@@ -121,8 +91,8 @@ class ConfluentSource:
         """
         if self._consumer is not None:
             return
-        described = ask_for(self.settings, self._topics, together=self._shared)
-        self._identities = {topic: found.identity for topic, found in described.items() if found.identity}
+        described = describe(self.settings, self._topics)
+        self._meet(described)
         self._places.assignment = assignment
         self._consumer = self._connect(join=self._shared)
         try:
@@ -204,10 +174,6 @@ class ConfluentSource:
             came = [record for record in came if (record.stream, record.partition) in places.positions]
         return came
 
-    def ended(self) -> frozenset[Partition]:
-        """No topic ever ends."""
-        return frozenset()
-
     def pause(self, streams: Sequence[str]) -> None:
         """Give no more records of these topics; partitions assigned later are paused as well."""
         self._flow.paused.update(streams)
@@ -216,25 +182,9 @@ class ConfluentSource:
         """Give records of these topics again."""
         self._flow.paused.difference_update(streams)
 
-    def commit(self, positions: Mapping[Partition, int], floors: Mapping[Partition, int] | None = None) -> None:
-        """Commit in the background; positions of partitions that are not ours any more are left out.
-
-        One commit is under way at a time; what comes meanwhile goes out together with the next `poll` after it.
-        One that fails is counted and tried again. Without a group this does nothing.
-        """
-        if self._group is None or self._consumer is None:
-            return
-        self.commits.want(positions, floors or {})
-        if self._places.kept:
-            return
-        try:
-            self.commits.send(self._consumer)
-        except KafkaException as error:
-            self.commits.failed(error)
-
-    def committed(self) -> Positions:
-        """The positions last committed for the partitions now assigned, as the cluster has confirmed them."""
-        return dict(self.commits.stored)
+    def _send_commits(self, consumer: Consumer) -> None:
+        if not self._places.kept:
+            super()._send_commits(consumer)
 
     def position(self, partition: Partition) -> int | None:
         """Where `poll` reads on, past markers and records of aborted transactions.
@@ -243,10 +193,6 @@ class ConfluentSource:
         ``fetch.wait.max.ms`` of an empty fetch.
         """
         return None if self._consumer is None else self._places.position(partition)
-
-    def identities(self) -> dict[str, str]:
-        """The ids that the cluster gave the topics when they were made; known once open."""
-        return dict(self._identities)
 
     def group_metadata(self) -> Membership | None:
         """This member as the group knows it, for offsets in a transaction; None while it does not. From any thread."""
@@ -293,11 +239,6 @@ class ConfluentSource:
         deadline = time.monotonic() + timeout
         while consumer.memberid() and time.monotonic() < deadline:
             consumer.poll(0.01)
-
-    def _opened(self) -> Consumer:
-        if self._consumer is None:
-            raise StreamError(f"the source of {', '.join(self._topics)} is not open")
-        return self._consumer
 
     def _probe(self, consumer: Consumer) -> None:
         """Look whether a broker is there again, where no record tells it."""
@@ -384,9 +325,3 @@ class ConfluentSource:
         elif now > self._shut_out:
             raise self._fenced()
         return ()
-
-    def _fenced(self) -> StreamError:
-        return StreamError(
-            f"another process reads as member {self._member} of group {self._group}: its state directory is a copy of"
-            " this one. Remove the file 'member' from the copy and start it again"
-        )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from kafka import KafkaConsumer, TopicPartition, errors
 
@@ -16,10 +16,11 @@ from streams.base import Assignment, Found, Partition, Positions, Record, Stream
 from streams.kafka_client import as_stream_error, check_topics, connect, describe, explain, unreachable
 from streams.kafka_commits import Commits
 from streams.kafka_fetch import beginnings, free_slot, gone, records
-from streams.kafka_note import read_note
+from streams.kafka_note import found_beside
 from streams.kafka_rebalance import HandoverError, HandoverListener, check_together
 from streams.kafka_settings import KafkaSettings
 from streams.kafka_sink import KafkaClient, KafkaSink
+from streams.topic_source import GROWTH_INTERVAL, PLACING_TIMEOUT, TopicSource
 
 __all__ = ["KafkaClient", "KafkaSettings", "KafkaSink", "KafkaSource"]
 
@@ -32,89 +33,23 @@ _PASSING = (
 )
 """Errors of `poll` that the client gets over by itself, by asking again or by joining its group again."""
 
-_PLACING_TIMEOUT = 2.0
-"""Seconds that one `poll` may take to find out where newly assigned partitions start; the next one tries again."""
 
-_GROWTH_INTERVAL = 60.0
-"""Seconds between two looks for partitions that were added to a topic."""
+class KafkaSource(TopicSource):
+    """Reads topics through a `KafkaConsumer`; implements `streams.base.Source`."""
 
+    commits: Commits
+    _commits_kind = Commits
+    _failures = errors.KafkaError
 
-class KafkaSource:
-    """Reads topics through one consumer; implements `streams.base.Source`.
-
-    With ``assignment="static"`` all partitions of all topics are read, also those added later, and nobody else is
-    asked; ``group`` is then only the name under which offsets are committed. With ``"group"`` the members of the
-    group share the partitions by range, so that partition 3 of every topic is with the same member; therefore the
-    topics must have equally many partitions.
-
-    With ``member`` a process that was killed gets its partitions back as soon as it is there again, instead of after
-    the group has missed it (45 s), and its commits can be told from those of others: where another member has worked on
-    a partition since, `Assignment.assigned` is told.
-
-    `poll` calls `Assignment`, in group mode and where a topic grows. Leaving by `close` is no revocation: whoever
-    closes has finished already. Outages are the client's business: `poll` returns nothing until they end, and
-    `last_error` tells about them.
-    """
-
-    def __init__(
-        self,
-        topics: Sequence[str],
-        settings: KafkaSettings,
-        *,
-        group: str | None = None,
-        assignment: Literal["static", "group"] = "static",
-        member: str | None = None,
-    ) -> None:
-        """Prepare; nothing is connected before `open`.
-
-        Args:
-            topics: What to read.
-            settings: How to reach the cluster.
-            group: Where offsets are committed; none commits nothing.
-            assignment: Whether to take all partitions or to share them.
-            member: Name of this reader among the members of the group, the same after a restart.
-
-        Raises:
-            StreamError: ``topics`` or ``group`` make no sense.
-        """
-        if not topics or len(set(topics)) < len(topics):
-            raise StreamError(f"topics must be named, each once; got {list(topics)}")
-        if assignment == "group" and group is None:
-            raise StreamError("partitions can be shared only in a group: name it in streams.kafka.group")
-        self.settings = settings
-        self.last_error: str | None = None
-        """What the client last reported and got over by itself."""
-        self.commits = Commits(settings.timeout, member or "")
-        """How committing goes: failures and the last error."""
+    def _set_up(self) -> None:
         self.rebalances = 0
         """Times that partitions were taken away."""
-        self._topics = tuple(topics)
-        self._group = group
-        self._member = member
-        self._shared = assignment == "group"
         self._listener = HandoverListener()
-        self._consumer: Any = None
         self._assignment: Assignment | None = None
         self._owned: set[Partition] = set()
         self._unplaced: list[TopicPartition] = []
         self._paused: set[str] = set()
         self._next_look = 0.0
-        self._identities: dict[str, str] = {}
-
-    @property
-    def streams(self) -> tuple[str, ...]:
-        """The topics."""
-        return self._topics
-
-    @property
-    def bounded(self) -> bool:
-        """Never: a topic has no end."""
-        return False
-
-    @property
-    def shared(self) -> bool:
-        """Whether the members of a group share the partitions."""
-        return self._shared
 
     @property
     def trouble(self) -> str:
@@ -135,19 +70,12 @@ class KafkaSource:
         if self._consumer is not None:
             return
         described = describe(self.settings, self._topics)
-        counts = {topic: found.partitions for topic, found in described.items()}
-        self._identities = {topic: found.identity for topic, found in described.items() if found.identity}
-        if self._shared and len(set(counts.values())) > 1:
-            told = ", ".join(f"{topic} has {count}" for topic, count in counts.items())
-            raise StreamError(
-                f"topics that a group reads together need equally many partitions, but {told}: add partitions to the"
-                " smaller one, or read with static assignment"
-            )
+        self._meet(described)
         config = self.settings.consumer_config(group=self._group, member=self._member)
         self._consumer = connect(KafkaConsumer, config)
         self._assignment = assignment
         try:
-            self._take(counts)
+            self._take({topic: found.partitions for topic, found in described.items()})
         except errors.KafkaError as error:
             self.close()
             raise as_stream_error(error, f"opening {', '.join(self._topics)}") from error
@@ -163,7 +91,7 @@ class KafkaSource:
             # nothing, only to start another rebalance when the metadata comes.
             self._consumer.beginning_offsets(partitions, timeout_ms=round(self.settings.timeout * 1000))
             return
-        self._next_look = time.monotonic() + _GROWTH_INTERVAL
+        self._next_look = time.monotonic() + GROWTH_INTERVAL
         self._consumer.assign(partitions)
         self._unplaced = partitions
         self._place(self.settings.timeout)
@@ -179,7 +107,7 @@ class KafkaSource:
             raise self._fenced()
         try:
             if self._unplaced:
-                self._place(min(_PLACING_TIMEOUT, self.settings.timeout))
+                self._place(min(PLACING_TIMEOUT, self.settings.timeout))
             elif not self._shared:
                 self._look_for_growth()
             self.commits.send(consumer)  # before the poll: should it fail, no record is in our hands to be lost
@@ -191,10 +119,6 @@ class KafkaSource:
         check_topics(consumer, self._identities)
         return records(fetched)
 
-    def ended(self) -> frozenset[Partition]:
-        """No topic ever ends."""
-        return frozenset()
-
     def pause(self, streams: Sequence[str]) -> None:
         """Give no more records of these topics; partitions assigned later are paused as well."""
         self._paused.update(streams)
@@ -205,24 +129,6 @@ class KafkaSource:
         self._paused.difference_update(streams)
         self._apply_pause()
 
-    def commit(self, positions: Mapping[Partition, int], floors: Mapping[Partition, int] | None = None) -> None:
-        """Commit in the background; positions of partitions that are not ours any more are left out.
-
-        One commit is under way at a time; what comes meanwhile goes out together with the next `poll` after it.
-        One that fails is counted and tried again. Without a group this does nothing.
-        """
-        if self._group is None or self._consumer is None:
-            return
-        self.commits.want(positions, floors)
-        try:
-            self.commits.send(self._consumer)
-        except errors.KafkaError as error:
-            self.commits.failed(error)
-
-    def committed(self) -> Positions:
-        """The positions last committed for the partitions now assigned, as the cluster has confirmed them."""
-        return dict(self.commits.stored)
-
     def position(self, partition: Partition) -> int | None:
         """Where `poll` reads on, past markers and records of aborted transactions."""
         if self._consumer is None or partition not in self._owned:
@@ -232,10 +138,6 @@ class KafkaSource:
         except errors.KafkaError:
             return None
         return at
-
-    def identities(self) -> dict[str, str]:
-        """The ids that the cluster gave the topics when they were made; known once open."""
-        return dict(self._identities)
 
     def group_metadata(self) -> Any:
         """This member as the group knows it, for offsets in a transaction; None while closed. From any thread."""
@@ -277,11 +179,6 @@ class KafkaSource:
             consumer.close(autocommit=False, timeout_ms=round(half * 1000))
         except errors.KafkaError as error:
             self.last_error = explain(error)
-
-    def _opened(self) -> Any:
-        if self._consumer is None:
-            raise StreamError(f"the source of {', '.join(self._topics)} is not open")
-        return self._consumer
 
     def _apply_pause(self) -> None:
         consumer = self._consumer
@@ -340,9 +237,7 @@ class KafkaSource:
             for tp in partitions:
                 stored = consumer.committed(tp, metadata=True, timeout_ms=milliseconds)
                 if stored is not None:
-                    note = read_note(stored.metadata)
-                    theirs = bool(note.owner) and note.owner != self._member
-                    found[tuple(tp)] = Found(earliest[tp], stored.offset, theirs, note.floor)
+                    found[tuple(tp)] = found_beside(stored.metadata, earliest[tp], stored.offset, self._member)
         self._unplaced = []
         self._owned.update(tuple(tp) for tp in partitions)
         self.commits.own(self._owned, {p: at.committed for p, at in found.items() if at.committed is not None})
@@ -361,20 +256,14 @@ class KafkaSource:
         """Take partitions that were added to a topic; the client's metadata is at most five minutes old."""
         if time.monotonic() < self._next_look:
             return
-        self._next_look = time.monotonic() + _GROWTH_INTERVAL
+        self._next_look = time.monotonic() + GROWTH_INTERVAL
         counts = {topic: self._consumer.partitions_for_topic(topic) or () for topic in self._topics}
         known = {TopicPartition(topic, n) for topic, numbers in counts.items() for n in numbers}
         new = sorted(known - self._owned)
         if new:
             self._consumer.assign([*self._consumer.assignment(), *new])
             self._unplaced = new
-            self._place(min(_PLACING_TIMEOUT, self.settings.timeout))
-
-    def _fenced(self) -> StreamError:
-        return StreamError(
-            f"another process reads as member {self._member} of group {self._group}: its state directory is a copy of"
-            " this one. Remove the file 'member' from the copy and start it again"
-        )
+            self._place(min(PLACING_TIMEOUT, self.settings.timeout))
 
     def _out_of_range(self, error: Exception) -> StreamError:
         tp, offset = next(iter(error.args[0].items()))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import NamedTuple
 
+from streams.base import Found
+
 
 class Note(NamedTuple):
     """The metadata of one committed offset."""
@@ -34,3 +36,16 @@ def read_note(text: str | None) -> Note:
     if not isinstance(owner, str) or type(floor) is not int or floor < 0:
         return Note(text)
     return Note(owner, floor)
+
+
+def found_beside(text: str | None, earliest: int, committed: int, member: str | None) -> Found:
+    """Return what is known of a partition by the text that was committed beside its offset.
+
+    Args:
+        text: The text.
+        earliest: The first offset that is still there.
+        committed: The offset.
+        member: Our name in the group.
+    """
+    note = read_note(text)
+    return Found(earliest, committed, bool(note.owner) and note.owner != member, note.floor)

@@ -24,8 +24,8 @@ from tests.broker.helpers import (
 )
 
 GROWTH = {
-    "kafka-python": "streams.kafka._GROWTH_INTERVAL",
-    "confluent": "streams.confluent_places._GROWTH_INTERVAL",
+    "kafka-python": "streams.kafka.GROWTH_INTERVAL",
+    "confluent": "streams.confluent_places.GROWTH_INTERVAL",
 }
 
 
