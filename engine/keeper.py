@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import random
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from typing import Any, BinaryIO
@@ -346,6 +347,16 @@ def seed_generators(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+@contextmanager
+def same_generators() -> Iterator[None]:
+    """Leave the global generators as they were, whatever is drawn from them inside."""
+    state = _random()
+    try:
+        yield
+    finally:
+        _set_random(state)
 
 
 def _random() -> State:

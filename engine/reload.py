@@ -24,6 +24,7 @@ from torch import nn
 from engine.build import build_core
 from engine.core import Core
 from engine.errors import PolicyFileError, StorageError
+from engine.keeper import same_generators
 from engine.learner import Job
 from engine.policy import Policy
 from engine.policyfile import LoadedPolicy
@@ -121,7 +122,7 @@ class Reloader:
                 found = await to_thread.run_sync(self._read)
                 if found.digest == self.loaded.digest:
                     return "unchanged" if quietly else self._record("unchanged", why)
-                core = await to_thread.run_sync(self._prepare, found)
+                core = await self._prepared(found)
             except Exception as error:  # noqa: BLE001 - factories and methods may raise anything
                 problem = error
             else:
@@ -144,6 +145,14 @@ class Reloader:
 
     # -- beside serving -----------------------------------------------------------------------------------------
 
+    async def _prepared(self, found: LoadedPolicy) -> Core:
+        """What `_prepare` gives, beside serving unless that would draw from the same generators and must repeat."""
+        daemon = self._daemon
+        if self.loaded.policy.in_background:
+            return await to_thread.run_sync(self._prepare, found)
+        async with daemon.turn:
+            return await daemon.on_model(self._prepare, found)
+
     def _prepare(self, found: LoadedPolicy) -> Core:
         """A core of the new policy, after another one like it was tried. Runs on a thread of its own.
 
@@ -152,10 +161,11 @@ class Reloader:
         """
         _same_house(self.loaded, found)
         try:
-            trial = self._build(found, None)
-            _try(trial)
-            directory = self._daemon.runner.keeper.store.directory / f"spill-{1 - self._spill}"
-            return self._build(found, directory)
+            with same_generators():
+                trial = self._build(found, None)
+                _try(trial)
+                directory = self._daemon.runner.keeper.store.directory / f"spill-{1 - self._spill}"
+                return self._build(found, directory)
         except PolicyFileError as error:
             raise found.locate(error) from error
 

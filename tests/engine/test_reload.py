@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -14,9 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import numpy as np
 import pytest
+import torch
 
+from engine import reload
+from engine.core import Core
 from engine.daemon import Daemon
+from engine.errors import PolicyFileError
 from engine.launch import run_policy
 from engine.learner import Job, Learner
 from engine.policyfile import LoadedPolicy, load
@@ -354,3 +360,37 @@ async def test_killed_in_the_middle_of_a_reload_the_next_process_goes_on_under_t
     second.process.terminate()
     assert await second.ended() == 0
     assert len(set(answers(project))) == EVENTS + 100
+
+
+@pytest.mark.parametrize("mode", ["background", "inline"])
+def test_trying_a_policy_leaves_the_generators_alone_that_a_model_may_draw_from(
+    project: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    exclusive: list[bool] = []
+
+    def state() -> tuple[object, object, list[int]]:
+        return random.getstate(), repr(np.random.get_state()), torch.get_rng_state().tolist()
+
+    async def script(running: Running) -> None:
+        own = reload._try
+
+        def draw(core: Core) -> None:
+            exclusive.append(running.daemon.turn.statistics().locked)
+            torch.rand(3), np.random.rand(3), random.random()
+            own(core)
+            if core.learner.optimizer.param_groups[0]["lr"] == 0.03:
+                raise PolicyFileError("learning: no")
+
+        monkeypatch.setattr(reload, "_try", draw)
+        for lr, result in (("0.02", "applied"), ("0.03", "rejected")):
+            change(project, {"lr: 0.01" if lr == "0.02" else "lr: 0.02": f"lr: {lr}"})
+            before = state()
+            assert await running.reload() == result
+            assert state() == before
+
+    text = (project / "policy.yaml").read_text()
+    assert "mode:" not in text.split("learning:")[1].splitlines()[0]
+    change(project, {"lr: 0.01": f"mode: {mode}, lr: 0.01"})
+    drive(project, script)
+    if mode == "inline":
+        assert exclusive == [True, True], "serving would draw from them at the same time"
