@@ -100,7 +100,7 @@ class Reader:
         self._paused: set[str] = set()
         self._announced: frozenset[Partition] = frozenset()
         self._commits: deque[tuple[Positions, Positions]] = deque(maxlen=1)
-        self._committing = threading.Lock()
+        self._committing, self._left = threading.Lock(), set[Partition]()
         self._stop, self._room = threading.Event(), threading.Event()
         self._running = False
         self.starved: frozenset[str] = frozenset()
@@ -119,6 +119,7 @@ class Reader:
     def assigned(self, found: Mapping[Partition, Found]) -> Positions:
         """See `streams.base.Assignment.assigned`."""
         self.partitions = sorted({*self.partitions, *found})
+        self._left -= found.keys()
         committed = {p: at.committed for p, at in found.items() if at.committed is not None}
         begins = {partition: self._holdings.begin(partition, at) for partition, at in found.items()}
         self._holdings.settle()
@@ -134,6 +135,7 @@ class Reader:
         """See `streams.base.Assignment.revoked`."""
         gone = set(partitions)
         self.partitions = [p for p in self.partitions if p not in gone]
+        self._left |= gone
         standing = anyio.from_thread.run(self._revoked, list(partitions), lost, self._patience)
         with self._committing:
             if self._commits:
@@ -296,8 +298,16 @@ class Reader:
             try:
                 self._source.commit({p: at for p, at in positions.items() if p in own}, floors)
             except StreamUnavailableError:
-                return  # advisory: the next one covers it
+                self._put_back(positions, floors)
+                return
+            self._put_back({p: at for p, at in positions.items() if p not in own | self._left}, floors)
             failpoint("reader.committed")
+
+    def _put_back(self, positions: Positions, floors: Positions) -> None:
+        """Have positions committed later, unless a newer request has come meanwhile, which covers them."""
+        with self._committing:
+            if positions and not self._commits:
+                self._commits.append((positions, floors))
 
 
 def _by_stream(records: Sequence[Record]) -> list[tuple[str, Sequence[Record]]]:

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import anyio
 import numpy as np
@@ -191,6 +191,47 @@ async def test_a_commit_that_fails_for_now_ends_nothing() -> None:
     with anyio.fail_after(10):
         await harness.run()
     assert len(harness.items) == 1
+
+
+class Slow(MemorySource):
+    """Ends when it is told to."""
+
+    def __init__(self, partitions: Mapping[str, int]) -> None:
+        super().__init__(partitions, bounded=False)
+        self.asked: list[Positions] = []
+        self.deaf = 0
+
+    def commit(self, positions: Mapping[Partition, int], floors: Mapping[Partition, int] | None = None) -> None:
+        self.asked.append(dict(positions))
+        if len(self.asked) <= self.deaf:
+            raise StreamUnavailableError("no broker")
+        super().commit(positions, floors)
+
+
+async def test_a_commit_that_fails_for_now_is_made_later_though_none_follows() -> None:
+    source = Slow({"data": 1})
+    source.deaf = 2
+    harness = Harness(source)
+    await to_thread.run_sync(harness.reader.open)
+    harness.reader.commit({("data", 0): 1})
+    for _ in range(3):
+        harness.reader._commit()
+    assert source.committed() == {("data", 0): 1}
+    harness.reader._commit()
+    assert len(source.asked) == 3, "once is enough"
+
+
+async def test_a_commit_of_partitions_that_are_still_to_come_waits_for_them_unless_they_have_gone() -> None:
+    source = Slow({"data": 3})
+    harness = Harness(source)
+    await to_thread.run_sync(harness.reader.open)
+    harness.reader.partitions = [("data", 0)]
+    harness.reader._left = {("data", 2)}
+    harness.reader.commit({("data", 0): 1, ("data", 1): 2, ("data", 2): 3})
+    harness.reader._commit()
+    harness.reader.partitions = [("data", 0), ("data", 1), ("data", 2)]
+    harness.reader._commit()
+    assert source.asked == [{("data", 0): 1}, {("data", 1): 2}]
 
 
 class Rebalancing(MemorySource):
