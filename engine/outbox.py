@@ -9,7 +9,16 @@ from typing import NamedTuple
 
 import structlog
 
-from streams.base import Message, Partition, Positions, Record, Sink, StreamError, StreamUnavailableError, Transactions
+from streams.base import (
+    Message,
+    Partition,
+    Positions,
+    Record,
+    RefusedMessageError,
+    Sink,
+    StreamUnavailableError,
+    Transactions,
+)
 
 MAX_MESSAGES = 4096
 MAX_BYTES = 16_000_000
@@ -85,7 +94,8 @@ class Outbox:
         """Send messages, each made of a record, in the transaction under way; one is begun if there is none.
 
         Raises:
-            StreamError: A message cannot be written; it is not kept.
+            RefusedMessageError: A message cannot be written; none of them is kept.
+            StreamError: Another process has taken our place, or the cluster refuses what was sent.
         """
         fresh = [
             _Kept(sink, message, record)
@@ -96,7 +106,7 @@ class Outbox:
         self._bytes += _size(fresh)
         try:
             self._retry(sink.name, self._push)
-        except StreamError:  # a sink takes all of its messages or none
+        except RefusedMessageError:  # a sink takes all of its messages or none
             refused = {id(kept) for kept in fresh}
             self._kept = [kept for kept in self._kept if id(kept) not in refused]
             self._bytes = _size(self._kept)
@@ -120,22 +130,23 @@ class Outbox:
 
     def _commit(self) -> None:
         self._push()
-        if not self._positions:  # nor is anything committed without offsets: the group could not refuse that
+        if self._positions:  # nothing is committed without offsets: the group could not refuse that
+            self._unless_unavailable(self._finish)
+
+    def _finish(self) -> None:
+        if not self._begun:
+            self._begin()
+        if not self._positions:
             return
-        self._unless_unavailable(self._finish)
+        for sink in self._sinks:
+            sink.flush(COMMIT_SECONDS)
+        floors = {p: at for p, at in self._floors.items() if p in self._positions}
+        self._transactions.commit(self._positions, floors or None, COMMIT_SECONDS)
         self._kept.clear()
         self._positions.clear()
         self._floors.clear()
         self._bytes = self._sent = 0
         self._begun = False
-
-    def _finish(self) -> None:
-        if not self._begun:
-            self._begin()
-        for sink in self._sinks:
-            sink.flush(COMMIT_SECONDS)
-        floors = {p: at for p, at in self._floors.items() if p in self._positions}
-        self._transactions.commit(self._positions, floors or None, COMMIT_SECONDS)
 
     def _push(self) -> None:
         """Bring the other side to where we are: everything kept is sent in a transaction."""
@@ -167,6 +178,8 @@ class Outbox:
         self._transactions.begin()
         self._begun = True
         self._drop({})  # what was lost while the group was joined again
+        if not self._kept and not self._positions:
+            self._broken = True  # what comes next may be of partitions that this member of the group never had
 
     def _holds_lost(self) -> bool:
         if not self._lost:

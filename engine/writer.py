@@ -26,8 +26,8 @@ from streams.base import (
     Partition,
     Positions,
     Record,
+    RefusedMessageError,
     Sink,
-    StreamError,
     StreamUnavailableError,
     Transactions,
 )
@@ -121,12 +121,12 @@ class Writer:
     def open(self) -> None:
         """Open the sinks; may be called again where one was unavailable. Raises as `Sink.open` does.
 
-        With transactions, what an earlier life left open is ended first, and `answered` is what is committed then.
+        With transactions, what an earlier life left open is ended, and `answered` is what is committed then.
         """
-        if self._transactions is not None:
-            self.answered = self._transactions.open()
         for sink in self._sinks:
             sink.open()
+        if self._transactions is not None:
+            self.answered = self._transactions.open()
 
     @property
     def transactional(self) -> bool:
@@ -250,8 +250,7 @@ class Writer:
     def _encode(self, answers: Answers) -> tuple[list[Message], list[Record]]:
         """Messages for the rows that were not answered before, and their records."""
         events, labels, probabilities = answers.events, answers.labels, answers.probabilities
-        if self.answered:
-            done = self.answered
+        if done := self.answered:  # once: another thread exchanges it
             rows = [
                 i for i, e in enumerate(events) if e.record.offset >= done.get((e.record.stream, e.record.partition), 0)
             ]
@@ -290,7 +289,7 @@ class Writer:
         """
         try:
             self._send(sink, [letter], [record])
-        except StreamError as error:
+        except RefusedMessageError as error:
             log.error("dead_letter_without_value", record=record.id, bytes=len(letter.value), error=str(error))
             omitted = ("__adaptd.errors.omitted", b"%d" % len(letter.value))
             self._send(sink, [Message(letter.key, b"", (*letter.headers, omitted))], [record])

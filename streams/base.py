@@ -22,6 +22,10 @@ class StreamUnavailableError(StreamError):
     """The other side does not answer at present; the caller retries with backoff."""
 
 
+class RefusedMessageError(StreamError):
+    """A message that was given just now can never be written; none of those given with it was taken."""
+
+
 class Record(NamedTuple):
     """What a stream carries."""
 
@@ -182,8 +186,9 @@ class Sink(Protocol):
         """Accept messages in order; they may rest in a buffer until `flush`. Blocks while a full buffer drains.
 
         Raises:
-            StreamUnavailableError: Nothing could be handed over within the sink's own time limit.
-            StreamError: A message cannot ever be written (too large, refused).
+            StreamUnavailableError: Nothing could be handed over within the sink's own time limit; none was taken.
+            RefusedMessageError: One of them cannot ever be written (too large); none was taken.
+            StreamError: One that was sent earlier could not be written.
         """
         ...
 
@@ -203,8 +208,8 @@ class Sink(Protocol):
 class Transactions(Protocol):
     """Makes what the sinks of one client send visible together with positions, or not at all.
 
-    Used by the thread of the sinks. Between `begin` and `commit` whatever those sinks send is hidden from readers that
-    ask for committed records only.
+    Opened after those sinks, which say how large its batches may be. Used by the thread of the sinks. Between `begin`
+    and `commit` whatever those sinks send is hidden from readers that ask for committed records only.
     """
 
     def open(self) -> Positions:

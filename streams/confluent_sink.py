@@ -42,14 +42,15 @@ class ConfluentClient(SharedProducer[Producer]):
     def acquire(self, largest: int | None = None) -> Producer:
         """Return the producer. No batch of it is larger than ``largest`` bytes.
 
-        librdkafka does not split a batch that is larger than its topic allows.
+        librdkafka does not split a batch that is larger than its topic allows. With a ``transactional_id`` that holds
+        from the next `renew` on, which opening the transactions begins with.
 
         Raises:
             StreamError: librdkafka refuses its settings, or makes larger batches for the sinks that have it already.
         """
         with self._lock:
             if largest is not None and largest < self._batch:
-                if self._producer is not None:
+                if self._producer is not None and self.transactional_id is None:
                     raise StreamError(
                         f"a topic takes {largest} bytes at once, but batches have up to {self._batch}: set batch.size"
                         " in extra to less, or raise max.message.bytes of the topic"
@@ -94,7 +95,7 @@ class ConfluentSink(TopicSink[ConfluentClient]):
 
     _limit_setting = "message.max.bytes"
     _refused_advice = ", or smaller batches (batch.size in extra)"
-    _producer: Producer | None = None
+    _producer: Producer | None
 
     def _set_up(self) -> None:
         self._rest: deque[Message] = deque()
@@ -140,12 +141,7 @@ class ConfluentSink(TopicSink[ConfluentClient]):
         self._raise_refused()
 
     def flush(self, timeout: float) -> None:
-        """Return once the cluster has confirmed everything sent.
-
-        Raises:
-            StreamUnavailableError: Not within ``timeout`` seconds; the messages stay, flush again.
-            StreamError: The cluster refused a message.
-        """
+        """Return once the cluster has confirmed everything sent; see `TopicSink.flush`."""
         producer = self._opened()
         deadline = time.monotonic() + timeout
         while True:
@@ -155,21 +151,12 @@ class ConfluentSink(TopicSink[ConfluentClient]):
             if not left and not self._rest:
                 self._client.watch.well()
                 return
-            if left and time.monotonic() >= deadline:
+            if time.monotonic() >= deadline:
                 raise self._waiting()
 
-    def close(self) -> None:
-        """Flush for at most ``settings.timeout`` seconds and leave; what is unconfirmed then is given up."""
-        if self._producer is None:
-            return
-        deadline = time.monotonic() + self.settings.timeout
-        try:
-            self.flush(self.settings.timeout)
-        except StreamError:
-            self._rest.clear()
-        finally:
-            self._producer = None
-            self._client.release(max(0.0, deadline - time.monotonic()))
+    def _forget(self) -> None:
+        self._rest.clear()
+        self._refused = None
 
     def _opened(self) -> Producer:
         if self._producer is None:
@@ -178,8 +165,7 @@ class ConfluentSink(TopicSink[ConfluentClient]):
         if producer is None:
             raise StreamUnavailableError(f"topic {self.topic}: the producer was given up")
         if producer is not self._producer:  # renewed: what was sent through the one before is to be sent again
-            self._rest.clear()
-            self._refused = None
+            self._forget()
             self._producer = producer
         return producer
 
@@ -197,8 +183,11 @@ class ConfluentSink(TopicSink[ConfluentClient]):
         except BufferError:
             self._serve(producer.poll, 0)
         except KafkaException as error:
-            self._rest.clear()
-            raise self._client.failure(error, f"writing to {self.topic}") from error
+            failure = self._client.failure(error, f"writing to {self.topic}")
+            if self._client.transactional_id is not None or not isinstance(failure, StreamUnavailableError):
+                self._rest.clear()
+                raise failure from error
+            self._serve(producer.poll, 0.01)
 
     def _serve(self, call: Callable[[float], int], timeout: float) -> int:
         """Let librdkafka report; it raises what ends a producer for good."""

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from streams.base import Message, Record, StreamError, StreamUnavailableError
+from streams.base import Message, Record, RefusedMessageError, StreamError, StreamUnavailableError
 from streams.file_state import sync_directory
 from streams.framing import MAGIC, FrameError, Origin, frames_of, line_of, split_frames, split_of
 
@@ -87,7 +87,7 @@ class FileSink:
         """Accept messages in order; they are written when a block is full, or by `flush`.
 
         Raises:
-            StreamError: A message cannot be a record of this file; none of them is accepted.
+            RefusedMessageError: A message cannot be a record of this file; none of them is accepted.
             StreamUnavailableError: The disk takes nothing at present; none of them is accepted.
         """
         part = self._encode(messages)
@@ -132,7 +132,7 @@ class FileSink:
             values = [_seal(message) if self._envelope else message.value for message in messages]
             return b"".join(map(line_of, values))
         except ValueError as error:
-            raise StreamError(f"{self._path}: {error}") from None
+            raise RefusedMessageError(f"{self._path}: {error}") from None
 
     def _write(self, part: bytes = b"") -> None:
         """Write what is buffered and this part, or nothing."""

@@ -63,9 +63,10 @@ class GroupTransactions(ABC):
             StreamUnavailableError: No broker answers, or another member's offsets are about to change; call it again.
             StreamError: The cluster refuses us.
         """
-        producer = self._client.renew() if self._open else self._client.acquire()
-        self._open = True
-        self._initialise(producer)
+        if not self._open:
+            self._client.acquire()
+            self._open = True
+        self._initialise(self._client.renew())
         return self._committed(None)
 
     def begin(self) -> None:

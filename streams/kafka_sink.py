@@ -79,10 +79,10 @@ class KafkaSink(TopicSink[KafkaClient]):
     """
 
     _limit_setting = "max_request_size"
-    _producer: Any = None
 
     def _set_up(self) -> None:
         self._pending: deque[tuple[Any, int]] = deque()
+        self._rest: Sequence[Message] = []
 
     def _own_client(self) -> KafkaClient:
         return KafkaClient(self.settings)
@@ -90,7 +90,7 @@ class KafkaSink(TopicSink[KafkaClient]):
     @property
     def pending(self) -> int:
         """Messages that the cluster has not confirmed yet, as of the last call."""
-        return len(self._pending)
+        return len(self._pending) + len(self._rest)
 
     def open(self) -> None:
         """Connect and look the topic up.
@@ -125,14 +125,33 @@ class KafkaSink(TopicSink[KafkaClient]):
         for message, size in zip(messages, sizes, strict=True):
             if size > self._limit:
                 raise self._too_large(size, message)
+        self._send_rest()
         self._make_room(len(messages))
+        before = len(self._pending)
         topic, hand_over, keep = self.topic, producer.send, self._pending.append
         try:
             places = self._places(messages, producer)
             for (key, value, headers), size, place in zip(messages, sizes, places, strict=True):
                 keep((hand_over(topic, value, key, list(headers) if headers else None, place), size))
         except errors.KafkaError as error:
-            raise self._client.failure(error, f"writing to {topic}") from error
+            failure = self._client.failure(error, f"writing to {topic}")
+            taken = len(self._pending) - before
+            alone = self._client.transactional_id is None  # in a transaction everything is sent again
+            if not taken or not alone or not isinstance(failure, StreamUnavailableError):
+                raise failure from error
+            self._rest = messages[taken:]
+
+    def _send_rest(self) -> None:
+        """Hand over what the client did not take of an earlier `send`; some of that is on its way, so all of it is."""
+        if self._rest:
+            rest, self._rest = self._rest, []
+            try:
+                self.send(rest)
+            except StreamError:
+                self._rest = rest
+                raise
+            if self._rest:
+                raise self._waiting()
 
     def _places(self, messages: Sequence[Message], producer: Any) -> Sequence[int | None]:
         """The partition of each message: by its key as Kafka's own clients choose it; none leaves it to the client."""
@@ -144,32 +163,14 @@ class KafkaSink(TopicSink[KafkaClient]):
         return [None if message[0] is None else next(found) for message in messages]
 
     def flush(self, timeout: float) -> None:
-        """Return once the cluster has confirmed everything sent.
-
-        Raises:
-            StreamUnavailableError: Not within ``timeout`` seconds; the messages stay, flush again.
-            StreamError: The cluster refused a message.
-        """
+        """Return once the cluster has confirmed everything sent; see `TopicSink.flush`."""
         self._opened()
+        self._send_rest()
         self._settle(0, time.monotonic() + timeout)
 
-    def close(self) -> None:
-        """Flush for at most ``settings.timeout`` seconds and leave; what is unconfirmed then is given up.
-
-        What belongs to a transaction that is not committed is given up at once.
-        """
-        producer, self._producer = self._producer, None
-        if producer is None:
-            return
-        if self._client.transactional_id is not None:
-            self._pending.clear()
-        deadline = time.monotonic() + self.settings.timeout
-        try:
-            self._settle(0, deadline)
-        except StreamError:
-            self._pending.clear()
-        finally:
-            self._client.release(max(0.0, deadline - time.monotonic()))
+    def _forget(self) -> None:
+        self._pending.clear()
+        self._rest = []
 
     def _opened(self) -> Any:
         if self._producer is None:
@@ -207,9 +208,10 @@ class KafkaSink(TopicSink[KafkaClient]):
             future.get(timeout=max(0.0, deadline - time.monotonic()))
         except errors.KafkaError as error:
             if not future.is_done:
-                raise StreamUnavailableError(
-                    f"topic {self.topic}: {len(self._pending)} messages wait for a broker to confirm them"
-                ) from error
+                raise self._waiting() from error
+
+    def _waiting(self) -> StreamUnavailableError:
+        return StreamUnavailableError(f"topic {self.topic}: {self.pending} messages wait for a broker to confirm them")
 
     def _refused(self, error: Exception, size: int) -> StreamError:
         return self._refusal(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, Generic, TypeVar
 
-from streams.base import Message, StreamError
+from streams.base import Message, RefusedMessageError, StreamError
 from streams.kafka_settings import KafkaSettings
 from streams.shared_producer import SharedProducer
 
@@ -50,6 +52,7 @@ class TopicSink(ABC, Generic[Client]):
         self.max_pending = max_pending
         self.send_timeout = send_timeout
         self._client = client or self._own_client()
+        self._producer: Any = None
         self._limit = 0
         self._set_up()
 
@@ -65,6 +68,36 @@ class TopicSink(ABC, Generic[Client]):
     @abstractmethod
     def _own_client(self) -> Client: ...
 
+    @abstractmethod
+    def _forget(self) -> None:
+        """Let go of whatever waits here."""
+
+    @abstractmethod
+    def flush(self, timeout: float) -> None:
+        """Return once the cluster has confirmed everything sent.
+
+        Raises:
+            StreamUnavailableError: Not within ``timeout`` seconds; the messages stay, flush again.
+            StreamError: The cluster refused a message.
+        """
+
+    def close(self) -> None:
+        """Flush for at most ``settings.timeout`` seconds and leave; what is unconfirmed then is given up.
+
+        What belongs to a transaction that is not committed is given up at once.
+        """
+        if self._producer is None:
+            return
+        deadline = time.monotonic() + self.settings.timeout
+        try:
+            if self._client.transactional_id is None:
+                with contextlib.suppress(StreamError):
+                    self.flush(self.settings.timeout)
+        finally:
+            self._forget()
+            self._producer = None
+            self._client.release(max(0.0, deadline - time.monotonic()))
+
     def _not_open(self) -> StreamError:
         return StreamError(f"the sink of topic {self.topic} is not open")
 
@@ -79,9 +112,9 @@ class TopicSink(ABC, Generic[Client]):
             return self._client.failure(error, f"writing to {self.topic}")
         return StreamError(f"topic {self.topic} lost a message that was sent: {told}")
 
-    def _too_large(self, size: int, message: Message) -> StreamError:
+    def _too_large(self, size: int, message: Message) -> RefusedMessageError:
         key = "no key" if message.key is None else f"a key of {len(message.key)} bytes"
-        return StreamError(
+        return RefusedMessageError(
             f"a message of {size} bytes ({key}) is too large for topic {self.topic}, where {self._limit} are allowed:"
             f" raise max.message.bytes of the topic and {self._limit_setting} in extra, or send less"
         )

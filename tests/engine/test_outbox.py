@@ -14,7 +14,7 @@ from engine.core import Answers
 from engine.cutter import Bad
 from engine.metrics import Metrics
 from engine.writer import Outgoing, Writer
-from streams.base import Message, Partition, Positions, Record, StreamError, StreamUnavailableError
+from streams.base import Message, Partition, Positions, Record, RefusedMessageError, StreamError, StreamUnavailableError
 from streams.codec import BadRecord, Reason
 from tests.engine.cores import CLASSES, events
 
@@ -100,7 +100,7 @@ class Sink:
 
     def send(self, messages: Sequence[Message]) -> None:
         if any(len(message.value) > self._largest for message in messages):
-            raise StreamError(f"a message is too large for {self.name}")
+            raise RefusedMessageError(f"a message is too large for {self.name}")
         assert not self._cluster.broken
         after = self._cluster.step(f"{self.name}.send")
         assert self._cluster.pending is not None, "sent outside of a transaction"
@@ -330,3 +330,51 @@ def test_a_commit_is_due_where_much_is_kept(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(outbox_module, "MAX_BYTES", 5)
     writer._write(answers(5, 1))
     assert [*found, writer._full] == [False, True, False, True]
+
+
+def test_sinks_are_open_before_the_transactions_that_their_limits_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr(Sink, "open", lambda sink: opened.append(sink.name))
+    cluster = Cluster()
+
+    def open_transactions() -> Positions:
+        opened.append("transactions")
+        return {}
+
+    monkeypatch.setattr(cluster, "open", open_transactions)
+    writer_on(cluster)
+    assert opened == ["predictions", "letters", "transactions"]
+
+
+def test_a_transaction_that_is_left_with_nothing_is_not_used_for_what_comes_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cluster = Cluster()
+    writer = writer_on(cluster)
+    really = cluster.begin
+
+    def begin() -> None:
+        really()
+        if cluster.calls["begin"] == 1:
+            writer.lose([P])  # the group has missed the member that this transaction is of
+
+    monkeypatch.setattr(cluster, "begin", begin)
+    run(writer, [answers(0, 2)], monkeypatch)
+    assert (cluster.visible, cluster.committed) == ([], {})
+    run(writer, [Outgoing(gone=[P], lost=True), answers(8, 2)], monkeypatch)
+    assert (cluster.calls["begin"], cluster.recoveries) == (2, 1)
+    assert (len(cluster.visible), cluster.committed) == (2, {P: 10})
+
+
+def test_positions_that_are_lost_while_a_transaction_begins_are_not_committed(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = Cluster()
+    writer = writer_on(cluster)
+    really = cluster.begin
+
+    def begin() -> None:
+        really()
+        writer.lose([("feedback", 0)])
+
+    monkeypatch.setattr(cluster, "begin", begin)
+    run(writer, [Outgoing(positions={("feedback", 0): 4})], monkeypatch)
+    assert ("commit" in cluster.calls, cluster.committed) == (False, {})

@@ -13,7 +13,7 @@ from engine.core import Answers
 from engine.cutter import Bad
 from engine.metrics import Metrics
 from engine.writer import QUEUE_BATCHES, Outgoing, Writer
-from streams.base import Message, Positions, Record, StreamError, StreamUnavailableError
+from streams.base import Message, Positions, Record, RefusedMessageError, StreamError, StreamUnavailableError
 from streams.codec import BadRecord, Reason
 from streams.memory import MemorySink
 from tests.engine.cores import CLASSES, events
@@ -258,3 +258,38 @@ def test_an_error_that_retrying_does_not_help_ends_the_writer_and_closes_the_sin
     assert harness.calls[-2:] == ["predictions.close", "letters.close"]
     with pytest.raises(StreamUnavailableError):
         harness.writer.wait_flushed()
+
+
+def test_a_letter_that_its_stream_cannot_hold_goes_without_its_value(harness: Harness) -> None:
+    harness.letters.failures["send"] = [RefusedMessageError("too large")]
+    harness.writer.put(Outgoing(bad=[bad(0)], positions={("data", 0): 1}))
+    harness.run()
+    (letter,) = harness.letters.messages
+    assert (letter.value, dict(letter.headers)["__adaptd.errors.omitted"]) == (b"", b"1")
+
+
+def test_the_refusal_of_an_earlier_letter_takes_no_value_from_the_next_one_and_ends_the_writer(
+    harness: Harness,
+) -> None:
+    harness.writer.put(Outgoing(bad=[bad(0)], positions={("data", 0): 1}))
+    harness.writer.put(Outgoing(bad=[bad(1)], positions={("data", 0): 2}))
+    send = harness.letters.send
+
+    def send_and_hear_later(messages: Sequence[Message]) -> None:
+        send(messages)
+        harness.letters.failures["send"] = [StreamError("topic letters refuses a message of 9 bytes")]
+
+    harness.letters.send = send_and_hear_later  # type: ignore[method-assign]
+    with pytest.raises(StreamError, match="refuses a message of 9 bytes"):
+        harness.run()
+    assert [letter.value for letter in harness.letters.messages] == [b"\xff"]
+    assert "flushed" not in harness.calls
+
+
+def test_which_rows_were_answered_before_is_looked_up_once_for_a_batch(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[Positions] = [{("data", 0): 1}]
+    monkeypatch.setattr(Writer, "answered", property(lambda _: told.pop()), raising=False)
+    (messages, _) = harness.writer._encode(answers(0, 3).answers)  # type: ignore[arg-type]
+    assert [json.loads(message.value)["id"] for message in messages] == ["e1", "e2"]

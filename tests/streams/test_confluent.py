@@ -13,13 +13,14 @@ from confluent_kafka import Consumer, KafkaError, KafkaException
 from confluent_kafka import Message as Fetched
 from pydantic import ValidationError
 
+from streams import confluent_sink
 from streams.base import Found, Message, Partition, Positions, Record, StreamError, StreamUnavailableError
 from streams.clients import client_of, sink_of, source_of
 from streams.confluent_client import Watch, as_stream_error, as_uuid, make
 from streams.confluent_commits import Commits
 from streams.confluent_config import admin_config, consumer_config, producer_config
 from streams.confluent_fetch import HELD_RECORDS, Flow, records
-from streams.confluent_sink import ConfluentSink
+from streams.confluent_sink import ConfluentClient, ConfluentSink
 from streams.confluent_source import ConfluentSource
 from streams.kafka_settings import KafkaSettings
 
@@ -277,3 +278,102 @@ def test_ids_of_topics_read_the_same_through_either_client() -> None:
     assert as_uuid("AAAAAAAAAAAAAAAAAAAAAA") == ""
     assert as_uuid("") == ""
     assert uuid.UUID(as_uuid("+/DEF1e9RAS9jE4MfPw5aQ")).bytes[:2] == b"\xfb\xf0"
+
+
+class Queue:
+    """A producer of librdkafka that refuses as it is told, and writes what it took when it is flushed."""
+
+    def __init__(self, *refusals: KafkaError | None) -> None:
+        self.refusals = list(refusals)
+        self.waiting: list[bytes] = []
+        self.written: list[bytes] = []
+        self.flushes: list[float] = []
+
+    def __len__(self) -> int:
+        return len(self.waiting)
+
+    def produce(self, topic: str, value: bytes, key: bytes | None, *_: object, **__: object) -> None:
+        refusal = self.refusals.pop(0) if self.refusals else None
+        if refusal is not None:
+            raise KafkaException(refusal)
+        self.waiting.append(value)
+
+    def poll(self, timeout: float) -> int:
+        return 0
+
+    def flush(self, timeout: float) -> int:
+        self.flushes.append(timeout)
+        self.written += self.waiting
+        self.waiting.clear()
+        return 0
+
+    def purge(self) -> None:
+        self.waiting.clear()
+
+
+def sink_into(queue: Queue, *, transactional_id: str | None = None) -> ConfluentSink:
+    client = ConfluentClient(SETTINGS, transactional_id=transactional_id)
+    client._producer = queue  # type: ignore[assignment]
+    client._users = 2
+    sink = ConfluentSink("out", SETTINGS, client=client)
+    sink._producer = queue  # type: ignore[assignment]
+    sink._limit = 900
+    return sink
+
+
+def values(*texts: bytes) -> list[Message]:
+    return [Message(None, text) for text in texts]
+
+
+def test_messages_that_librdkafka_takes_a_part_of_are_all_taken_and_go_out_in_order() -> None:
+    passing = KafkaError(KafkaError._UNKNOWN_TOPIC)
+    queue = Queue(None, passing, passing, None, passing, passing)
+    sink = sink_into(queue)
+    sink.send(values(b"a", b"b", b"c"))
+    assert (queue.waiting, sink.pending) == ([b"a"], 3)
+    with pytest.raises(StreamUnavailableError, match="2 messages wait"):
+        sink.flush(0.0)
+    with pytest.raises(StreamUnavailableError, match="1 messages wait"):
+        sink.flush(0.0)
+    sink.send(values(b"d"))
+    sink.flush(1.0)
+    assert queue.written == [b"a", b"b", b"c", b"d"]
+
+
+def test_what_librdkafka_never_takes_is_told_at_once() -> None:
+    sink = sink_into(Queue(None, KafkaError(KafkaError.TOPIC_AUTHORIZATION_FAILED)))
+    with pytest.raises(StreamError, match="the cluster does not permit it"):
+        sink.send(values(b"a", b"b"))
+    sink = sink_into(Queue(None, KafkaError(KafkaError._STATE)), transactional_id="g-m")
+    with pytest.raises(StreamUnavailableError, match="the transaction failed"):
+        sink.send(values(b"a", b"b"))
+
+
+def test_a_sink_waits_at_its_end_for_what_it_sent_unless_that_is_of_a_transaction() -> None:
+    alone, together = Queue(), Queue()
+    for queue, transactional_id in ((alone, None), (together, "g-m")):
+        sink = sink_into(queue, transactional_id=transactional_id)
+        sink.send(values(b"a"))
+        sink.close()
+        sink.close()
+    assert (alone.written, len(alone.flushes)) == ([b"a"], 1)
+    assert (together.written, together.flushes) == ([], [])
+
+
+def test_batches_are_as_small_as_the_smallest_topic_of_a_transaction_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+
+    def make_one(kind: object, config: Mapping[str, Any]) -> Queue:
+        made.append(config["batch.size"])
+        return Queue()
+
+    monkeypatch.setattr(confluent_sink, "make", make_one)
+    alone = ConfluentClient(SETTINGS)
+    alone.acquire(70_000)
+    with pytest.raises(StreamError, match="a topic takes 60000 bytes at once, but batches have up to 70000"):
+        alone.acquire(60_000)
+    together = ConfluentClient(SETTINGS, transactional_id="g-m")
+    for largest in (None, 70_000, 60_000, 80_000):
+        together.acquire(largest)
+    together.renew()
+    assert made == ["70000", "131072", "60000"]

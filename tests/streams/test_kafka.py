@@ -314,6 +314,56 @@ def test_a_refused_message_is_told_by_the_next_call_with_its_size(sink: KafkaSin
         sink.flush(0.0)
 
 
+def test_messages_that_the_client_takes_a_part_of_are_all_taken_and_go_out_in_order(
+    sink: KafkaSink, producer: FakeProducer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refusing = [False, True, True, True, False]
+    really = producer.send
+
+    def send(*arguments: Any) -> FakeFuture:
+        if refusing and refusing.pop(0):
+            raise errors.KafkaTimeoutError("no metadata")
+        return really(*arguments)
+
+    monkeypatch.setattr(producer, "send", send)
+    sink.send(messages("a", "b"))
+    assert (len(producer.sent), sink.pending) == (1, 2)
+    with pytest.raises(StreamUnavailableError, match="no metadata"):
+        sink.send(messages("c"))
+    producer.confirm(1)
+    with pytest.raises(StreamUnavailableError, match="no metadata"):
+        sink.flush(0.0)
+    sink.send(messages("c"))
+    assert [value for value, _ in producer.sent] == [b"a", b"b", b"c"]
+    producer.confirm(2)
+    sink.flush(0.0)
+    assert sink.pending == 0
+
+
+def test_what_a_sink_could_not_hand_over_keeps_a_flush_from_returning(
+    sink: KafkaSink, producer: FakeProducer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refusing = [False, True, False, True]
+    really = producer.send
+
+    def send(*arguments: Any) -> FakeFuture:
+        if refusing and refusing.pop(0):
+            raise errors.KafkaTimeoutError("no metadata")
+        return really(*arguments)
+
+    monkeypatch.setattr(producer, "send", send)
+    sink.send(messages("a", "b", "c"))
+    producer.confirm(1)
+    with pytest.raises(StreamUnavailableError, match="2 messages wait"):
+        sink.flush(0.0)
+    assert [value for value, _ in producer.sent] == [b"a", b"b"]
+    with pytest.raises(StreamUnavailableError, match="2 messages wait"):
+        sink.flush(0.0)
+    assert [value for value, _ in producer.sent] == [b"a", b"b", b"c"]
+    producer.confirm(2)
+    sink.flush(0.0)
+
+
 def test_a_message_above_the_client_limit_is_refused_before_anything_is_taken(
     sink: KafkaSink, producer: FakeProducer
 ) -> None:
