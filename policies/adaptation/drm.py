@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from policies.interfaces import Adaptation, Batch, Context, MethodParams, Outcome, PolicyError, State, StepKind
 from policies.norm import Pattern
-from policies.optimizers import load_optimizer_state, optimizer_state
+from policies.optimizers import Adam, load_optimizer_state, optimizer_state
 
 
 class DRM(Adaptation):
@@ -72,7 +72,7 @@ class DRM(Adaptation):
         self._named = {f"{name}.{key}": p for name, head in self._heads.items() for key, p in head.named_parameters()}
         teaching = params.confidence <= 1
         self.adapted = frozenset(self._named if teaching else ())
-        self._optimizer = torch.optim.Adam(self._named.values(), lr=params.lr)
+        self._optimizer = Adam(self._named.values(), lr=params.lr)
         self._waiting: list[tuple[Tensor, Tensor]] = []
         self.gauges |= {"heads": len(self._heads), "kept_ratio": 0.0, "loss": 0.0}
 
