@@ -39,8 +39,12 @@ class Report:
         self._started = datetime.now(UTC)
         self._load = os.getloadavg()
 
-    def write(self, results: Mapping[str, Any]) -> None:
-        """Print the result and write it to its file; a quick run only prints, unless a file is named."""
+    def write(self, results: Mapping[str, Any]) -> Path | None:
+        """Print the result and write it to its file; a quick run only prints, unless a file is named.
+
+        Returns:
+            The file; None where there is none.
+        """
         text = json.dumps(self._envelope() | {"results": results}, indent=2) + "\n"
         sys.stdout.write(text)
         sys.stdout.flush()
@@ -48,6 +52,7 @@ class Report:
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
+        return path
 
     def skip(self, reason: str) -> None:
         """Say why nothing was measured; the last result stays as it is."""
