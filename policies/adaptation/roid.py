@@ -27,7 +27,7 @@ class ROID(GradientAdaptation):
     - ``L = (1 / B) sum_i w_i (SLR_i + SCE(z~_i, z_i))`` with ``z~`` the logits of a mildly augmented view and
       ``SCE(a, b) = (CE(b, a) + CE(a, b)) / 2``, gradients through both;
     - after the step ``phi <- (1 - pull) phi + pull phi_s``;
-    - the answer is ``ln p_i + ln pi`` with ``pi = (pbar + g) / (1 + g K)``, ``pbar = mean_i p_i`` and
+    - the answer is ``ln p_i + prior_weight ln pi`` with ``pi = (pbar + g) / (1 + g K)``, ``pbar = mean_i p_i`` and
       ``g = max(1 / B, 1 / K) / max_k pbar_k``.
 
     Shapes: inputs ``(B, *shape)`` to logits ``(B, K)``, those of before the step with the prior's logarithm added.
@@ -36,9 +36,11 @@ class ROID(GradientAdaptation):
     but not yet adapted to.
 
     Deviations: as of `policies.adaptation.tent.Tent`. The prior multiplies probabilities, not logits, whose sign would
-    turn its effect around. Where all rows are equally diverse, or equally certain, that factor is 1 for all (one row,
-    for instance). ``phi_s`` moves along with labelled learning. The view: see `policies.augment.strong_image` at half
-    strength.
+    turn its effect around. On logits of usual size the published form is worth about the third power of the prior, so
+    that is the default: where classes come in runs it makes up for the smoothing, where they come mixed it does nothing
+    to speak of. A ``prior_weight`` of 1 is the equation of the paper. Where all rows are equally diverse, or equally
+    certain, that factor is 1 for all (one row, for instance). ``phi_s`` moves along with labelled learning. The view:
+    see `policies.augment.strong_image` at half strength.
 
     Cost: one forward on the batch, one on the rows of positive weight, and a backward through both.
 
@@ -55,6 +57,7 @@ class ROID(GradientAdaptation):
             temperature: Of the weights; lower means sharper.
             pull: Share of the source weights taken on after each step.
             prior_correction: Whether to correct answers by the classes of the batch.
+            prior_weight: Power of the prior that does so.
             consistency: Whether to learn from augmented views too.
             augmentation: How the view is made, see `policies.augment.augment`.
             strength: Of the augmentation ``image``.
@@ -65,6 +68,7 @@ class ROID(GradientAdaptation):
         temperature: float = Field(default=1 / 3, gt=0)
         pull: float = Field(default=0.01, ge=0, le=1)
         prior_correction: bool = True
+        prior_weight: float = Field(default=3.0, ge=0)
         consistency: bool = True
         augmentation: Augmentation = "auto"
         strength: float = Field(default=0.5, ge=0, le=1)
@@ -81,7 +85,7 @@ class ROID(GradientAdaptation):
         self.gauges["kept_ratio"] = 0.0
 
     def _answer(self, logits: Tensor) -> Tensor:
-        return corrected(logits) if self.params.prior_correction else logits
+        return corrected(logits, self.params.prior_weight) if self.params.prior_correction else logits
 
     def _loss(self, inputs: Tensor, logits: Tensor) -> Tensor | None:
         probabilities = logits.softmax(1)
@@ -164,12 +168,15 @@ def symmetric_cross_entropy(one: Tensor, two: Tensor) -> Tensor:
     return -0.5 * (ln_two.exp() * ln_one + ln_one.exp() * ln_two).sum(1)
 
 
-def corrected(logits: Tensor) -> Tensor:
-    """Logits ``(n, K)`` with the logarithm of the smoothed mean probability added; rows that are not finite stay."""
+def corrected(logits: Tensor, weight: float = 1.0) -> Tensor:
+    """Logits ``(n, K)`` with ``weight`` times the logarithm of the smoothed mean probability added.
+
+    Rows that are not finite stay as they are and leave others alone.
+    """
     finite = logits.isfinite().all(1, keepdim=True)
     probabilities = torch.where(finite, logits, 0).softmax(1) * finite
     rows = finite.sum().clamp(min=1)
     mean = probabilities.sum(0) / rows
     classes = logits.shape[1]
     smooth = (1 / rows).clamp(min=1 / classes) / mean.max().clamp(min=1 / classes)
-    return logits + torch.log((mean + smooth) / (1 + smooth * classes))
+    return logits + weight * torch.log((mean + smooth) / (1 + smooth * classes))

@@ -55,6 +55,15 @@ def test_the_prior_of_a_worked_batch() -> None:
     torch.testing.assert_close(added.exp(), torch.tensor([[0.689474, 0.310526]] * 2), atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("weight", [1.0, 3.0])
+def test_answers_hold_the_power_of_the_prior_that_is_asked_for(weight: float) -> None:
+    rows = logits_of([0.9, 0.1], [0.6, 0.4])
+    prior = (corrected(rows) - rows)[0].exp()
+    answered = on_scores("roid", prior_weight=weight).adapt(batch_of(rows)).softmax(1)
+    wanted = rows.softmax(1) * prior**weight
+    torch.testing.assert_close(answered, wanted / wanted.sum(1, keepdim=True))
+
+
 def test_rows_that_are_not_finite_do_not_touch_the_prior_of_others() -> None:
     rows = torch.tensor([[1.0, 0.0], [math.nan, 0.0], [0.5, 0.0]])
     torch.testing.assert_close(corrected(rows)[[0, 2]], corrected(rows[[0, 2]]))
