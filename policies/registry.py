@@ -17,6 +17,7 @@ METHODS: dict[str, dict[str, str]] = {
     "adaptation": {
         "auto": "policies.adaptation.auto:Auto",
         "none": "policies.adaptation.none:NoAdaptation",
+        "per_group": "policies.adaptation.per_group:PerGroup",
         "bn": "policies.adaptation.bn:BatchNormAdaptation",
         "class_bn": "policies.adaptation.class_bn:ClassAdjustedBatchNorm",
         "tent": "policies.adaptation.tent:Tent",

@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from kernels import softmax_entropy
+from policies.auto_params import AutoParams
 from policies.chain import ClassChain
-from policies.gradient import Anchor, GradientParams
+from policies.gradient import Anchor
 from policies.interfaces import Adaptation, Batch, Context, Outcome, PolicyError, State, StepKind, Verdict, Weights
 from policies.memory import fastest
 from policies.modes import Calm, Switch, Trials
@@ -66,39 +66,8 @@ class Auto(Adaptation):
 
     name = "auto"
 
-    class Params(GradientParams):
-        """Parameters of auto; the defaults are meant to be left alone.
-
-        Attributes:
-            window: Rows between two looks at the stream.
-            patience: Looks in a row that it takes to change a switch.
-            worse: Information that answers lack while adapting, in units of the entropy with the source model's
-                statistics, from which on adapting does not pay.
-            risen: Rise of the entropy while calm, as a factor, from which on adapting is tried again.
-            moved: Distance of features, in deviations, from which on a model without BatchNorm is adapted.
-            reference: Rows at the start that those distances are from.
-            persistence: Probability of staying from which on classes are correlated.
-            imbalance: Excess of pairs of one class from which on batches are imbalanced.
-            share: Largest share of a batch's own statistics.
-            every: Batches to a step.
-            common_rate: Share of 64 rows in the statistics of the stream.
-            offset_rate: Share of a window in the offsets of its classes; 0 keeps none, for very many classes.
-            rest: Windows of rest at the source model after a collapse.
-        """
-
-        window: int = Field(default=64, ge=2)
-        patience: int = Field(default=3, ge=1)
-        worse: float = Field(default=0.1, ge=0)
-        risen: float = Field(default=1.15, ge=1)
-        moved: float = Field(default=0.25, ge=0)
-        reference: int = Field(default=256, ge=2)
-        persistence: float = Field(default=0.2, ge=0, le=1)
-        imbalance: float = Field(default=0.1, gt=0, le=1)
-        share: float = Field(default=0.8, ge=0, le=1)
-        every: int = Field(default=2, ge=1)
-        common_rate: float = Field(default=0.1, gt=0, lt=1)
-        offset_rate: float = Field(default=0.1, ge=0, le=1)
-        rest: int = Field(default=16, ge=0)
+    class Params(AutoParams):
+        """Parameters of auto; the defaults are meant to be left alone."""
 
     def __init__(self, params: Params, context: Context) -> None:
         super().__init__(params, context)
@@ -369,8 +338,10 @@ class Auto(Adaptation):
         self._publish()
 
 
-def _selected(params: GradientParams, model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters to step; none in a model without normalisation layers."""
+def _selected(params: AutoParams, model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters to step; none where no steps are made, and in a model without normalisation layers."""
+    if not params.every:
+        return {}
     try:
         return params.parameters(model)
     except PolicyError:

@@ -32,7 +32,7 @@ LACKS = r"no BatchNorm layer|no affine parameters in layers of type|two or more 
 WITHOUT_NORM = {"mlp", "conv"}
 WITHOUT_BATCH_NORM = {"mlp", "conv", "mlp_layer_norm", "mlp_heads", "mlp_group_norm", "transformer", "tagger"}
 ANY = {"adanpc", "auto", "cotta", "foa", "lame", "memo", "none", "t3a"}
-BATCH_NORM = {"bn", "class_bn", "note"}
+BATCH_NORM = {"bn", "class_bn", "note", "per_group"}
 
 
 def suits(name: str, model: str) -> bool:

@@ -1,0 +1,42 @@
+"""Parameters of `policies.adaptation.auto`."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from policies.gradient import GradientParams
+
+
+class AutoParams(GradientParams):
+    """Parameters of auto; the defaults are meant to be left alone.
+
+    Attributes:
+        window: Rows between two looks at the stream.
+        patience: Looks in a row that it takes to change a switch.
+        worse: Information that answers lack while adapting, in units of the entropy with the source model's
+            statistics, from which on adapting does not pay.
+        risen: Rise of the entropy while calm, as a factor, from which on adapting is tried again.
+        moved: Distance of features, in deviations, from which on a model without BatchNorm is adapted.
+        reference: Rows at the start that those distances are from.
+        persistence: Probability of staying from which on classes are correlated.
+        imbalance: Excess of pairs of one class from which on batches are imbalanced.
+        share: Largest share of a batch's own statistics.
+        every: Batches to a step; 0 makes none.
+        common_rate: Share of 64 rows in the statistics of the stream.
+        offset_rate: Share of a window in the offsets of its classes; 0 keeps none, for very many classes.
+        rest: Windows of rest at the source model after a collapse.
+    """
+
+    window: int = Field(default=64, ge=2)
+    patience: int = Field(default=3, ge=1)
+    worse: float = Field(default=0.1, ge=0)
+    risen: float = Field(default=1.15, ge=1)
+    moved: float = Field(default=0.25, ge=0)
+    reference: int = Field(default=256, ge=2)
+    persistence: float = Field(default=0.2, ge=0, le=1)
+    imbalance: float = Field(default=0.1, gt=0, le=1)
+    share: float = Field(default=0.8, ge=0, le=1)
+    every: int = Field(default=2, ge=0)
+    common_rate: float = Field(default=0.1, gt=0, lt=1)
+    offset_rate: float = Field(default=0.1, ge=0, le=1)
+    rest: int = Field(default=16, ge=0)
