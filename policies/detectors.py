@@ -61,6 +61,18 @@ def simpson_excess(classes: Tensor, frequencies: Tensor) -> float:
     return alike - float(frequencies.double().square().sum())
 
 
+def squared_distance(one: Tensor, other: Tensor) -> float:
+    """Unbiased estimate of ``sum_k (p_k - r_k)^2`` from counts ``(K,)`` of draws from ``p`` and from ``r``.
+
+    ``|p|^2`` and ``|r|^2`` are estimated from pairs of different draws, so that equal distributions give 0 on average.
+    """
+    sizes = float(one.sum()), float(other.sum())
+    if min(sizes) < 2:
+        return 0.0
+    alike = sum(float((c * (c - 1)).sum()) / (n * (n - 1)) for c, n in zip((one, other), sizes, strict=True))
+    return alike - 2 * float(one @ other) / (sizes[0] * sizes[1])
+
+
 def disagreement(one: Tensor, other: Tensor) -> float:
     """Share of rows that two models put in different classes, of logits or probabilities ``(n, K)``."""
     return float((one.argmax(1) != other.argmax(1)).double().mean()) if len(one) else 0.0

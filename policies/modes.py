@@ -138,10 +138,11 @@ class Trials:
 
 
 class Calm:
-    """Watches a stream that needs no adapting, by the entropy of the answers alone.
+    """Watches a stream that needs no adapting, by the entropy of the answers and by what the first layer sees.
 
-    Adapting is worth another try where the entropy of late is more than ``limit`` times the usual one, and after
-    ``first`` windows in any case, twice as many each time that trying was in vain, up to ``64 * first``.
+    Adapting is worth another try where inputs have moved, where the entropy of late is more than ``limit`` times the
+    usual one, and after ``first`` windows in any case, twice as many each time that trying was in vain, up to
+    ``64 * first``.
 
     Args:
         limit: Rise of the entropy that counts.
@@ -163,12 +164,12 @@ class Calm:
         """A calm stretch begins."""
         self._windows, self._late, self._usual = 0, 0.0, 0.0
 
-    def over(self, entropy: float) -> bool:
-        """Take in the mean entropy of a window; whether the calm is over."""
+    def over(self, entropy: float, moved: bool) -> bool:
+        """Take in the mean entropy of a window, and whether its inputs have moved; whether the calm is over."""
         self._windows += 1
         self._late += max(self.FAST, 1 / self._windows) * (entropy - self._late)
         self._usual += max(self.SLOW, 1 / self._windows) * (entropy - self._usual)
-        risen = self._windows > 3 and self._late > self._limit * self._usual
+        risen = moved or (self._windows > 3 and self._late > self._limit * self._usual)
         if not risen and self._windows < self._first << min(self._vain, 6):
             return False
         self._vain = 0 if risen else self._vain + 1

@@ -21,6 +21,10 @@ LARGEST = 1e4
 """A row most of whose moments are larger than this, in units of the source model's, tells nothing of the stream."""
 
 
+FARTHEST = 30.0
+"""Larger moments of the first layer are taken for this, in the same units, so that a few rows tell little."""
+
+
 class MeasuredBatchNorm(BlendedBatchNorm):
     """A `BlendedBatchNorm` that keeps the moments of each row of a forward while `measuring`.
 
@@ -153,14 +157,25 @@ class StreamStatistics:
 
     @contextmanager
     def measuring(self, on: bool = True) -> Iterator[None]:
-        """Let forwards inside the context leave moments for `take`, if ``on``."""
-        for layer in self.layers:
-            layer.measuring = on
+        """Let forwards inside the context leave moments for `take`, if ``on``; of the first layer in any case."""
+        for number, layer in enumerate(self.layers):
+            layer.measuring = on or not number
         try:
             yield
         finally:
             for layer in self.layers:
                 layer.measuring = False
+
+    def shallow(self, rows: int) -> Tensor | None:
+        """The moments ``(B, 2 C)`` in the first layer of the last forward, if it was of so many rows.
+
+        They are the same whatever is adapted, tell inputs apart far better than classes, and cost next to nothing.
+        """
+        found = self.layers[0].rows if self.layers else None
+        if found is None or len(found) != rows:
+            return None
+        good = found.isfinite().all(1) & (found.abs().median(1).values < LARGEST)
+        return found[good].clamp(-FARTHEST, FARTHEST)
 
     def take(self, classes: Tensor) -> None:
         """Keep the moments of the last forward, of rows answered with ``classes (B,)``; odd rows are left out."""
@@ -178,14 +193,14 @@ class StreamStatistics:
         self._classes.append(classes.to(rows.device))
 
     @torch.no_grad()
-    def learn(self) -> int:
-        """Learn from what was taken, if it makes a window; how many rows it was."""
+    def learn(self, slowness: float = 1.0) -> int:
+        """Learn from what was taken, if it makes a window, at rates so many times smaller; how many rows it was."""
         count = sum(map(len, self._rows))
         if count < self._window:
             return 0
         rows, classes = torch.cat(self._rows), torch.cat(self._classes)
         self._rows, self._classes = [], []
-        common, offset = self._rates
+        common, offset = (rate / slowness for rate in self._rates)
         self.moments.learn(rows, classes, 1 - (1 - common) ** (count / 64), offset)
         return count
 

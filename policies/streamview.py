@@ -15,12 +15,23 @@ from policies.detectors import (
     effective_classes,
     entropy_ratio,
     simpson_excess,
+    squared_distance,
 )
 from policies.features import Features
 from policies.interfaces import Context, PolicyError, State
 
 SMOOTHING = 0.3
 """Share of a new window in the imbalance of late."""
+
+SLOW = 0.05
+"""Share of a new window in the bunching of late, which is a difference of figures that are nearly alike."""
+
+RECENT = 16
+"""Windows before the last one that its classes are compared with."""
+
+SETTLING = 6
+"""Windows after features moved whose classes are compared with none: answers are still about to settle. Features that
+move again sooner have not come to another place; they move with the classes."""
 
 
 class StreamView:
@@ -29,25 +40,36 @@ class StreamView:
     Args:
         context: Of the method.
         window: Rows of a window; a batch with more of them is one window.
-        reference: Rows at the start whose features later ones are compared with; 0 looks at no features.
+        reference: Rows at the start whose features later ones are compared with.
+        moved: Distance from which on features given to `add` have moved: what comes is compared with rows from then on.
+        own: Whether to look at the features of the model's classifier, with a reference that stays.
 
     Attributes:
         imbalance: Excess of pairs of one class of late; 1 before the first window, so that caution comes first.
+        bunching: How much classes of late change from window to window: the squared distance of their frequencies in a
+            window from those in the windows before it; 0 for rows that could as well have come in another order.
         entropy: Mean entropy of the last window in units of ``ln K``.
-        feature_distance: How far features have moved from those at the start.
+        compared: Windows that the bunching is measured over.
+        feature_distance: How far features have moved from the reference.
+        moved: Whether features had moved when the last window was looked at.
+        steady: Windows since features moved, or since the start.
         gauges: The last measures by name.
     """
 
-    def __init__(self, context: Context, window: int, reference: int) -> None:
+    def __init__(self, context: Context, window: int, reference: int, moved: float, *, own: bool) -> None:
         self._window, self._classes = window, context.num_classes
-        self._reference = reference
-        self._features = _features(context) if reference else None
+        self._reference, self._limit = reference, moved
+        self._features = _features(context) if own else None
         self._series: dict[str, PageHinkley | Adwin | Kswin] = {}
         self.reset()
 
     def reset(self) -> None:
         """Forget all."""
         self.imbalance = 1.0
+        self.steady = 0
+        self._settling = SETTLING
+        self.moved = False
+        self.compare_anew()
         self.entropy = 0.0
         self._windows = 0
         self.feature_distance = 0.0
@@ -55,21 +77,32 @@ class StreamView:
         self._series = {"entropy_rises": PageHinkley(), "entropy_cuts": Adwin(), "entropy_shifts": Kswin()}
         self._probabilities: list[Tensor] = []
         self._answers: list[Tensor] = []
-        self.gauges: dict[str, float] = {"imbalance": 1.0, "feature_distance": 0.0} | dict.fromkeys(self._series, 0.0)
+        self.gauges: dict[str, float] = {"imbalance": 1.0, "bunching": 0.0, "feature_distance": 0.0} | dict.fromkeys(
+            self._series, 0.0
+        )
+
+    def compare_anew(self) -> None:
+        """Measure the bunching over windows from now on alone."""
+        self.bunching, self.compared = 0.0, 0
+        self._recent: list[Tensor] = []
 
     @property
     def full(self) -> bool:
         """Whether there is a window to look at."""
         return sum(map(len, self._answers)) >= self._window
 
-    def add(self, probabilities: Tensor, classes: Tensor, inputs: Tensor) -> None:
-        """Take in the model's probabilities ``(B, K)`` and the classes ``(B,)`` that were answered."""
+    def add(self, probabilities: Tensor, classes: Tensor, inputs: Tensor, features: Tensor | None) -> None:
+        """Take in the model's probabilities ``(B, K)``, the classes ``(B,)`` that were answered, and any features."""
         self._probabilities.append(probabilities.float().cpu())
         self._answers.append(classes.cpu())
         if self._features is not None:
             features = self._features.of(inputs, len(classes))
-            self._shift = self._shift or FeatureShift(features.shape[1], reference=self._reference)
+        if features is not None:
+            self._shift = self._shift or self._new_shift(features.shape[1])
             self._shift.add(features)
+
+    def _new_shift(self, width: int) -> FeatureShift:
+        return FeatureShift(width, reference=self._reference, memory=self._reference // 2)
 
     def look(self, frequencies: Array) -> None:
         """Measure the window, against long-run frequencies ``(K,)`` of classes, and start the next."""
@@ -80,19 +113,44 @@ class StreamView:
         self._windows += 1
         share = max(SMOOTHING, 1 / self._windows)
         self.imbalance += share * (min(max(excess, 0.0), 1.0) - self.imbalance)
-        if self._shift is not None:
-            self.feature_distance = self._shift.distance()
+        self._see_features()
+        self._compare(torch.bincount(classes, minlength=self._classes).double())
         self.entropy = entropy = entropy_ratio(probabilities)
         for detector in self._series.values():
             detector.add(entropy)
         self.gauges |= {name: detector.alarms for name, detector in self._series.items()}
         self.gauges |= {
             "imbalance": self.imbalance,
+            "bunching": self.bunching,
             "feature_distance": self.feature_distance,
             "effective_classes": effective_classes(probabilities),
             "entropy_ratio": entropy,
             "autocorrelation": autocorrelation(classes, usual),
         }
+
+    def _see_features(self) -> None:
+        """Measure how far features have moved; features from elsewhere get a new reference where they have."""
+        self.steady += 1
+        if self._shift is None:
+            return
+        self.feature_distance = self._shift.distance()
+        self.moved = self._features is None and self.feature_distance >= self._limit
+        if not self.moved:
+            return
+        if self.steady > SETTLING:
+            self._settling, self._recent = SETTLING, []
+        self._shift, self.steady = None, 0
+
+    def _compare(self, counts: Tensor) -> None:
+        """Compare the counts of classes ``(K,)`` in a window with those of the windows before it."""
+        if self._settling:
+            self._settling -= 1
+            return
+        if self._recent:
+            distance = squared_distance(counts, torch.stack(self._recent).sum(0))
+            self.compared += 1
+            self.bunching += max(SLOW, 1 / self.compared) * (distance - self.bunching)
+        self._recent = [*self._recent, counts][-RECENT:]
 
     def detach(self) -> None:
         """Remove hooks."""
@@ -103,6 +161,9 @@ class StreamView:
         """Rows that wait for a window, and all detectors."""
         return {
             "imbalance": self.imbalance,
+            "bunching": self.bunching,
+            "recent": list(self._recent),
+            "counts": [self.compared, self.steady, self._settling, int(self.moved)],
             "windows": self._windows,
             "feature_distance": self.feature_distance,
             "shift": None if self._shift is None else self._shift.state_dict(),
@@ -115,9 +176,13 @@ class StreamView:
         """Take over a copy of a state."""
         self.imbalance, self.feature_distance = float(state["imbalance"]), float(state["feature_distance"])
         self._windows = int(state["windows"])
+        self.bunching = float(state["bunching"])
+        self.compared, self.steady, self._settling, moved = map(int, state["counts"])
+        self.moved = bool(moved)
+        self._recent = [counts.clone() for counts in state["recent"]]
         self._shift = None
         if state["shift"] is not None:
-            self._shift = FeatureShift(state["shift"]["values"].shape[1], reference=self._reference)
+            self._shift = self._new_shift(state["shift"]["values"].shape[1])
             self._shift.load_state_dict(state["shift"])
         for name, detector in self._series.items():
             detector.load_state_dict(state["series"][name])

@@ -25,6 +25,18 @@ _log = logging.getLogger(__name__)
 PRIOR_ROWS = 16
 """What the stream's statistics are worth, in rows, beside those of a batch."""
 
+SLOWEST = 5.0
+"""By how much statistics are learned slower at most."""
+
+BUNCHED = 0.1
+"""Bunching of classes, in units of 1 / K, above which rows of a window do not come independently."""
+
+EVENED = 10
+"""By how much less bunched answers are that a batch's own statistics have evened out over classes."""
+
+COMPARED = 12
+"""Windows over which bunching is measured before it counts, as many more each time that it has counted."""
+
 FIRST_TRY = 64
 """Windows of calm until adapting is tried although nothing calls for it."""
 
@@ -79,11 +91,12 @@ class Auto(Adaptation):
             context, common_rate=params.common_rate, offset_rate=params.offset_rate, window=params.window
         )
         self._chain = ClassChain(context.num_classes)
-        self._view = StreamView(context, params.window, 0 if len(self._statistics) else params.reference)
+        self._view = StreamView(context, params.window, params.reference, params.moved, own=not len(self._statistics))
         self._trials = Trials(context.num_classes, params.window, params.worse, params.patience + 1)
         self._calm = Calm(params.risen, FIRST_TRY)
         self._moved = Switch("adapting", params.moved, params.patience)
         self._anchor = Anchor(context, self.adapted)
+        self._mixed = Switch("caution with mixed groups", BUNCHED / context.num_classes, params.patience)
         self._correlated = Switch("correction by the class chain", params.persistence, params.patience)
         self._imbalanced = Switch("caution with imbalanced batches", params.imbalance, params.patience)
         _log.info("adaptation 'auto' finds %d BatchNorm layers, %d parameters", len(self._statistics), len(self._named))
@@ -102,7 +115,12 @@ class Auto(Adaptation):
 
     @property
     def _switches(self) -> dict[str, Switch]:
-        return {"adapting": self._moved, "correlated": self._correlated, "imbalanced": self._imbalanced}
+        return {
+            "adapting": self._moved,
+            "correlated": self._correlated,
+            "imbalanced": self._imbalanced,
+            "mixed": self._mixed,
+        }
 
     @property
     def _adapting(self) -> bool:
@@ -123,7 +141,8 @@ class Auto(Adaptation):
 
     def _step_due(self, share: float) -> bool:
         """Whether this batch is to make a step."""
-        if not self._named or not self._adapting or self._imbalanced.on or self._batches % self.params.every:
+        cautious = self._imbalanced.on or self._mixed.on
+        if not self._named or not self._adapting or cautious or self._batches % self.params.every:
             return False
         return not len(self._statistics) or (share > 0 and self._trials.count >= self.params.patience)
 
@@ -155,8 +174,15 @@ class Auto(Adaptation):
             self._trials.see(ours[good], other[good])
         return logits
 
+    @property
+    def _slowness(self) -> float:
+        """By how much to learn statistics slower, which is the more the longer nothing has moved."""
+        return min(max(1.0, self._view.steady * self.params.common_rate), SLOWEST)
+
     def _share(self, rows: int) -> float:
         """The batch's share of the statistics to normalise with."""
+        if self._mixed.on:
+            return 0.0
         balance = max(0.0, 1 - self._view.imbalance / self.params.imbalance)
         return self.params.share * balance * rows / (rows + PRIOR_ROWS)
 
@@ -190,8 +216,8 @@ class Auto(Adaptation):
         if self._correlated.on:
             safe = corrected.log().to(logits)
         classes = safe.argmax(1)
+        self._view.add(probabilities, classes, inputs, self._statistics.shallow(len(classes)))
         self._statistics.take(classes)
-        self._view.add(probabilities, classes, inputs)
         if self._stepped:
             self._fallen |= self._floor.verdict(batch, logits) is Verdict.RESET
         return torch.where(good[:, None], safe, logits)
@@ -201,7 +227,7 @@ class Auto(Adaptation):
         outcome = self._step() if self._waiting is not None else None
         if self._fallen:
             self._fall()
-        if self._statistics.learn() and self._adapting:
+        if self._statistics.learn(self._slowness) and self._adapting:
             self._statistics.write(source=False)
         if self._view.full:
             self._look()
@@ -231,22 +257,40 @@ class Auto(Adaptation):
         self._imbalanced.see(self._view.imbalance)
         if not len(self._statistics):
             self._moved.see(self._view.feature_distance)
-        elif not self._moved.on and self._calm.over(self._view.entropy):
+        elif not self._moved.on and self._calm.over(self._view.entropy, self._view.moved):
             self._trials.reset()
-            self._moved.set(True, "the answers tell that it is worth a try")
+            self._view.compare_anew()
+            self._moved.set(True, "it is worth a try")
         elif self._adapting and self._trials.worse:
             self._moved.set(False, f"it costs information: {self._trials.loss:.3g} of the entropy")
             self._settle()
+        self._see_bunching()
         self._publish()
 
-    def _settle(self) -> None:
-        """Return to the weights of before any step and to the source model's statistics."""
-        self._calm.begin()
+    def _see_bunching(self) -> None:
+        """Take back what single batches taught, where classes are bunched and no chain of them explains it."""
+        before = self._mixed.on
+        if self._correlated.on or self._imbalanced.on:
+            self._mixed.set(False, "the order of arrival explains the bunching")
+        elif self._view.compared >= COMPARED * min(1 + self._mixed.changes, 16):
+            self._mixed.see(self._view.bunching * (EVENED if self._adapting and not before else 1))
+        if self._mixed.on != before:
+            self._view.compare_anew()
+            self._undo_steps()
+
+    def _undo_steps(self) -> None:
+        """Return to the weights of before any step."""
         self._waiting = self._graph = None
         self._stepped = False
         self._anchor.restore(self._named)
         if self._optimizer is not None:
             self._optimizer.state.clear()
+
+    def _settle(self) -> None:
+        """Return to the weights of before any step and to the source model's statistics."""
+        self._calm.begin()
+        self._view.compare_anew()
+        self._undo_steps()
         self._statistics.reset()
         self._statistics.write(source=True)
 
@@ -339,7 +383,7 @@ class Auto(Adaptation):
 
 
 def _selected(params: AutoParams, model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters to step; none where no steps are made, and in a model without normalisation layers."""
+    """Parameters to step; none in a model without normalisation layers."""
     if not params.every:
         return {}
     try:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 from policies.interfaces import Adaptation, Batch
 from policies.modes import Calm, Switch, Trials
 from policies.safeguards.collapse import Collapse
-from tests.policies.models import batch_of, build, carried, same_weights, weights_of
+from policies.streamview import StreamView
+from tests.policies.models import batch_of, build, carried, context_for, same_weights, weights_of
 
 CLASSES = 4
 
@@ -116,6 +118,43 @@ def test_modes_are_left_again_when_the_stream_changes_back(source: nn.Module, ca
     assert len(changes) == method.gauges["changes"] >= 4
 
 
+def looked_at(source: nn.Module, classes: Tensor, inputs: Tensor) -> StreamView:
+    """A view of windows of classes ``(n, 64)``, with features ``(n, 64, d)``."""
+    view = StreamView(context_for(source), 64, 256, 0.25, own=False)
+    for window, features in zip(classes, inputs, strict=True):
+        view.add(torch.full((64, CLASSES), 1 / CLASSES), window, features, features)
+        view.look(np.full(CLASSES, 1 / CLASSES))
+    return view
+
+
+def test_classes_that_come_bunched_are_told_from_independent_ones(source: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(60, 64, 8, generator=generator)
+    mixed = torch.randint(CLASSES, (60, 64), generator=generator)
+    bunched = torch.where(
+        torch.rand(60, 64, generator=generator) < 0.4, torch.arange(60)[:, None] // 4 % CLASSES, mixed
+    )
+    assert looked_at(source, bunched, inputs).bunching > 0.1 / CLASSES
+    assert abs(looked_at(source, mixed, inputs).bunching) < 0.05 / CLASSES
+
+
+def test_a_change_of_inputs_is_noticed_and_not_taken_for_bunching(source: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(20, 64, 8, generator=generator)
+    inputs[18:] += 1
+    classes = torch.zeros(20, 64, dtype=torch.int64)
+    assert not looked_at(source, classes[:18], inputs[:18]).moved
+    view = looked_at(source, classes, inputs)
+    assert view.moved or view.steady < 2
+    assert view.bunching == 0
+
+
+def test_the_calm_is_over_at_once_when_inputs_have_moved() -> None:
+    calm = Calm(1.15, 10)
+    assert not calm.over(0.3, False)
+    assert calm.over(0.3, True)
+
+
 def test_batches_of_one_are_smoothed_too(source: nn.Module) -> None:
     method = auto(source)
     error = errors(method, stream(1000, 1.2, 40, rows=1))
@@ -187,7 +226,7 @@ def test_one_class_for_all_rows_is_not_taken_for_surety() -> None:
 
 def test_the_calm_is_over_when_answers_become_unsure_or_after_a_while() -> None:
     calm = Calm(1.15, 10)
-    assert [calm.over(0.3) for _ in range(10)] == [False] * 9 + [True]
+    assert [calm.over(0.3, False) for _ in range(10)] == [False] * 9 + [True]
     calm.begin()
-    assert not any(calm.over(0.3) for _ in range(15))
-    assert any(calm.over(0.5) for _ in range(4))
+    assert not any(calm.over(0.3, False) for _ in range(15))
+    assert any(calm.over(0.5, False) for _ in range(4))

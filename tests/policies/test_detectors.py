@@ -19,6 +19,7 @@ from policies.detectors import (
     entropy_ratio,
     ks_distance,
     simpson_excess,
+    squared_distance,
 )
 from tests.policies.models import carried
 
@@ -123,3 +124,13 @@ def test_distance_of_distributions() -> None:
     assert ks_distance([1, 2, 3, 4], [1, 2, 3, 4]) == 0
     assert ks_distance([1, 2], [3, 4]) == 1
     assert ks_distance([1, 2, 3, 4], [3, 4, 5, 6]) == 0.5
+
+
+def test_the_squared_distance_of_two_distributions_is_estimated_without_bias() -> None:
+    assert squared_distance(torch.tensor([4.0, 0.0]), torch.tensor([0.0, 6.0])) == 2.0
+    assert squared_distance(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 6.0])) == 0.0
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.multinomial(torch.tensor([0.5, 0.3, 0.2]), 2000 * 20, True, generator=generator).reshape(2000, 2, 10)
+    counts = torch.nn.functional.one_hot(draws, 3).sum(2).double()
+    mean = sum(squared_distance(one, other) for one, other in counts) / len(counts)
+    assert abs(mean) < 0.01
