@@ -43,7 +43,7 @@ FIRST = ("none", "auto", "lame", "class_bn", "bn:alpha=1", "bn:alpha=0.1", "tent
 SPEED_STREAMS = {"auto": ("correlated", "iid", "clean_iid")}
 """Where a method's speed is measured: on the correlated stream, if not told otherwise."""
 
-SPEED_BATCHES = 40
+SPEED_BATCHES = 72
 DEAR = 8.0
 """Plain passes a row from which a method gets fewer images."""
 

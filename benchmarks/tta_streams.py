@@ -244,7 +244,7 @@ def _distorted(x: Array, how: str, rng: np.random.Generator) -> Array:
     if how == "gain":
         return x * np.float32(0.6)
     if how == "offset":
-        return x + np.float32([0.5, -0.5, 0.25])
+        return x + np.array([0.5, -0.5, 0.25], dtype=np.float32)
     if how == "held":
         return np.repeat(x[:, ::2], 2, axis=1)
     return x * (rng.random(x.shape[:2]) > 0.15)[..., None] if how == "gaps" else x
