@@ -9,9 +9,9 @@ only counted with.
 
 First every method is measured alone, in a process of its own, for speed and memory: plain and adapted answers alternate
 batch by batch, on one thread, so that a shared machine slows both alike. Then errors, in as many processes as
-``--workers`` says, each on one thread. A method that costs more than eight plain passes gets a half, a quarter, ... of
-the images of each class; ``images`` tells how many, and the source model's error is that on the same images. What does
-not fit into ``--minutes`` is named under ``skipped``; ``--resume`` makes up for it, and measures nothing twice.
+``--workers`` says, each on one thread. The dearer a method the fewer images of each class it gets, a half, a quarter,
+...; ``images`` tells how many, and the source model's error is that on the same images. What does not fit into
+``--minutes`` is named under ``skipped``; ``--resume`` makes up for it, and measures nothing twice.
 """
 
 from __future__ import annotations
@@ -44,8 +44,13 @@ SPEED_STREAMS = {"auto": ("correlated", "iid", "clean_iid")}
 """Where a method's speed is measured: on the correlated stream, if not told otherwise."""
 
 SPEED_BATCHES = 72
-DEAR = 8.0
-"""Plain passes a row from which a method gets fewer images."""
+WHOLE = ("none", "auto")
+"""What always gets all images."""
+
+PASSES_KEPT = 1.3
+PASSES_KEPT_CORRELATED = 8.0
+"""Plain passes a row above which a method gets fewer images; the latter of the first methods on the correlated stream,
+where there are figures of published code to compare with."""
 
 Results = dict[str, Any]
 
@@ -56,9 +61,12 @@ def all_methods() -> list[str]:
     return [*FIRST, *rest]
 
 
-def divisor(share: float) -> int:
+def divisor(stream: str, method: str, share: float) -> int:
     """By how much fewer images a method gets that answers at this share of the plain speed: a power of two."""
-    return 2 ** max(0, math.ceil(math.log2(1 / (share * DEAR)))) if share > 0 else 1
+    if method in WHOLE or share <= 0:
+        return 1
+    kept = PASSES_KEPT_CORRELATED if stream == "correlated" and method in FIRST else PASSES_KEPT
+    return 2 ** max(0, math.ceil(math.log2(1 / (share * kept))))
 
 
 class Matrix:
@@ -118,12 +126,13 @@ class Matrix:
         for method in self._methods:
             share = self.results["speed"].get("correlated", {}).get(method, {}).get("share_of_plain_speed", 1.0)
             for stream, spec in self._specs.items():
-                smaller = spec.smaller(divisor(share))
+                fewer = divisor(stream, method, share)
+                smaller = spec.smaller(fewer)
                 found = self._before("cells", stream, method, smaller)
                 if found is not None:
                     self._take("cells", stream, method, found)
                 else:
-                    todo.append((divisor(share), self._task(stream, method, smaller)))
+                    todo.append((fewer, self._task(stream, method, smaller)))
         todo.sort(key=lambda item: item[0])
         for task, found in in_parallel([task for _, task in todo], self._options.workers):
             self._take("cells", task.stream, task.method, found | {"spec": asdict(task.spec)})

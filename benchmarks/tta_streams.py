@@ -69,7 +69,7 @@ class Spec:
     domains: str = f"{ALL_DOMAINS} jpeg_compression"
     severity: int = 5
     gamma: float = 0.1
-    per_class: int = 20
+    per_class: int = 10
     visits: int = 1
     mixed: bool = False
     grouped: bool = False
@@ -83,18 +83,18 @@ class Spec:
 
 STREAMS: dict[str, Spec] = {
     "correlated": Spec(per_class=100),
-    "iid": Spec(per_class=100, iid=True),
-    "recurring3": Spec(per_class=10, visits=3),
-    "recurring20": Spec(per_class=10, visits=20, domains=FOUR_DOMAINS),
+    "iid": Spec(per_class=30, iid=True),
+    "recurring3": Spec(per_class=5, visits=3),
+    "recurring20": Spec(per_class=5, visits=20, domains=FOUR_DOMAINS),
     "mixed": Spec(mixed=True, iid=True),
     "groups": Spec(mixed=True, grouped=True),
-    "single": Spec(per_class=5, batch_size=1),
-    "single_iid": Spec(per_class=5, batch_size=1, iid=True),
+    "single": Spec(per_class=3, batch_size=1),
+    "single_iid": Spec(per_class=3, batch_size=1, iid=True),
     "severity1": Spec(severity=1),
     "severity3": Spec(severity=3),
     "severity3_iid": Spec(severity=3, iid=True),
-    "clean": Spec(domains="clean", per_class=150),
-    "clean_iid": Spec(domains="clean", per_class=150, iid=True),
+    "clean": Spec(domains="clean", per_class=100),
+    "clean_iid": Spec(domains="clean", per_class=100, iid=True),
     "gamma0.01": Spec(gamma=0.01),
     "gamma1": Spec(gamma=1.0),
     "gamma10": Spec(gamma=10.0),

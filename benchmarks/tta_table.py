@@ -108,7 +108,7 @@ LEGEND = (
     "Error in percent of all rows, each answered before it is adapted to. Where a method is too dear for all images, "
     "the source model's error on the same fewer images follows in brackets; - where it cannot run. Regret: "
     "error minus the source model's, in points, on the stream where it is worst. Speed: images a second as a share of "
-    "the plain forward's, alternating with it batch by batch on one thread, alone on the machine; floor: what it would "
+    "the plain forward's, alternating with it batch by batch on one thread, one method at a time; floor: what it would "
     "be if nothing but the method's passes over rows cost, and the share of it that is reached. Memory: MiB at the "
     "peak beyond the plain forward's."
 )

@@ -44,4 +44,6 @@ def test_a_stream_is_named_with_changes() -> None:
 
 
 def test_dear_methods_get_fewer_images_by_powers_of_two() -> None:
-    assert [divisor(share) for share in (1.0, 0.125, 0.1, 0.06, 0.01)] == [1, 1, 2, 4, 16]
+    assert [divisor("iid", "tent", share) for share in (1.0, 0.5, 0.1)] == [1, 2, 8]
+    assert [divisor("correlated", "tent", share) for share in (0.5, 0.125, 0.06)] == [1, 1, 4]
+    assert divisor("iid", "auto", 0.1) == 1

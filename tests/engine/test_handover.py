@@ -222,9 +222,9 @@ async def test_a_partition_that_comes_back_is_read_on_where_another_left_it(tmp_
     source.move("give", ZERO, ONE)
 
     async def there_and_back(daemon: Daemon) -> None:
-        fill(source, 20, 10)
         source.move("lose", ONE)
         await until(lambda: ONE not in daemon.runner.positions)
+        fill(source, 20, 10)
         source.commit({ONE: 12})
         source.move("give", ONE)
         await until(lambda: daemon.runner.positions.get(ONE) == 15)
