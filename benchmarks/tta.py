@@ -66,7 +66,7 @@ def divisor(stream: str, method: str, share: float) -> int:
     if method in WHOLE or share <= 0:
         return 1
     kept = PASSES_KEPT_CORRELATED if stream == "correlated" and method in FIRST else PASSES_KEPT
-    return 2 ** max(0, math.ceil(math.log2(1 / (share * kept))))
+    return 1 << max(0, math.ceil(math.log2(1 / (share * kept))))
 
 
 class Matrix:

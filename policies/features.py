@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from policies.interfaces import PolicyError
+from policies.interfaces import Adaptation, Context, MethodParams, PolicyError
 
 
 class Features:
@@ -93,3 +93,40 @@ def linear_head(features: Features, num_classes: int, user: str) -> nn.Linear:
             "name it with 'layer', or choose 'lame' or 'none'"
         )
     return head
+
+
+class HeadParams(MethodParams):
+    """Which layer is the classifier.
+
+    Attributes:
+        layer: Name of the classifier; empty finds it by itself.
+    """
+
+    layer: str = ""
+
+
+class HeadAdaptation(Adaptation):
+    """Base of methods that answer by what goes into a linear classifier and change no weights.
+
+    A method forgets what it has gathered in `_forget`.
+
+    Raises:
+        PolicyError: If the classifier is not linear with K outputs.
+    """
+
+    def __init__(self, params: HeadParams, context: Context) -> None:
+        super().__init__(params, context)
+        self._features = Features(context.model, params.layer, context.num_classes, self.name)
+        self._head = linear_head(self._features, context.num_classes, self.name)
+
+    def _forget(self) -> None:
+        raise NotImplementedError
+
+    def reset(self) -> None:
+        """Return to the source model's weights and forget what was gathered."""
+        super().reset()
+        self._forget()
+
+    def detach(self) -> None:
+        """Remove the hook."""
+        self._features.remove()

@@ -201,3 +201,28 @@ class Anchor:
         self.reset()
         for name in self.values.keys() & state.keys():
             self.values[name].copy_(state[name])
+
+
+class Anchored(Adaptation):
+    """Mixed into a method that has an `Anchor`: it follows labelled learning, is reset and kept with the method."""
+
+    _anchor: Anchor
+
+    def learned(self, before: Weights, after: Weights) -> None:
+        """Move the anchor as the live weights were moved."""
+        super().learned(before, after)
+        self._anchor.learned(before, after)
+
+    def reset(self) -> None:
+        """Return to the source model."""
+        super().reset()
+        self._anchor.reset()
+
+    def state_dict(self) -> State:
+        """The anchor beside what the method holds."""
+        return super().state_dict() | {"anchor": self._anchor.state_dict()}
+
+    def load_state_dict(self, state: State) -> None:
+        """Take over a copy of a state."""
+        super().load_state_dict(state)
+        self._anchor.load_state_dict(state["anchor"])

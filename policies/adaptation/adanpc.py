@@ -8,11 +8,11 @@ from pydantic import Field
 from torch import Tensor
 
 from kernels import softmax_entropy
-from policies.features import Features, linear_head
-from policies.interfaces import Adaptation, Batch, Context, MethodParams, State
+from policies.features import HeadAdaptation, HeadParams
+from policies.interfaces import Batch, Context, State
 
 
-class AdaNPC(Adaptation):
+class AdaNPC(HeadAdaptation):
     """Lets the nearest features of a growing memory vote; weights stay untouched.
 
     Reference: Zhang et al., "AdaNPC: exploring non-parametric classifier for test-time adaptation" (ICML 2023).
@@ -40,7 +40,7 @@ class AdaNPC(Adaptation):
 
     name = "adanpc"
 
-    class Params(MethodParams):
+    class Params(HeadParams):
         """Parameters of AdaNPC.
 
         Attributes:
@@ -48,20 +48,16 @@ class AdaNPC(Adaptation):
             temperature: Of the votes.
             confidence: Confidence of the classifier from which on a row joins; above 1 none does.
             capacity: Features of the stream to keep.
-            layer: Name of the classifier; empty finds it by itself.
         """
 
         neighbours: int = Field(default=20, ge=1)
         temperature: float = Field(default=0.1, gt=0)
         confidence: float = Field(default=0.75, ge=0)
         capacity: int = Field(default=2000, ge=1)
-        layer: str = ""
 
     def __init__(self, params: Params, context: Context) -> None:
         super().__init__(params, context)
         self.params = params
-        self._features = Features(context.model, params.layer, context.num_classes, self.name)
-        self._head = linear_head(self._features, context.num_classes, self.name)
         self._forget()
 
     def _forget(self) -> None:
@@ -112,16 +108,6 @@ class AdaNPC(Adaptation):
             self._memory[places], self._classes[places] = rows[-rest:], labels[-rest:]
             self._next = (self._next + rest) % self.params.capacity
         self.gauges["memory_rows"] = len(self._memory)
-
-    @torch.no_grad()
-    def reset(self) -> None:
-        """Return to the source model's weights and empty the memory."""
-        super().reset()
-        self._forget()
-
-    def detach(self) -> None:
-        """Remove the hook."""
-        self._features.remove()
 
     def state_dict(self) -> State:
         """The memory and where the next row goes."""

@@ -10,8 +10,8 @@ from pydantic import Field
 from torch import Tensor
 
 from kernels import softmax_entropy
-from policies.gradient import Anchor, GradientAdaptation, GradientParams
-from policies.interfaces import Context, State, Weights
+from policies.gradient import Anchor, Anchored, GradientAdaptation, GradientParams
+from policies.interfaces import Context, State
 from policies.norm import all_finite
 
 
@@ -95,7 +95,7 @@ class ETA(GradientAdaptation):
         self._mean = None if held is None else held.to(self.context.device, copy=True)
 
 
-class EATA(ETA):
+class EATA(Anchored, ETA):
     """ETA with a pull towards the source weights, the stronger the more a weight matters to its predictions.
 
     Reference: Niu et al., "Efficient test-time model adaptation without forgetting" (ICML 2022).
@@ -166,29 +166,21 @@ class EATA(ETA):
         torch._foreach_lerp_(list(self._fisher.values()), squares, 1 / self._batches)
         self.gauges["fisher_rows"] = self._rows
 
-    def learned(self, before: Weights, after: Weights) -> None:
-        """Move the anchor as the live weights were moved."""
-        super().learned(before, after)
-        self._anchor.learned(before, after)
-
     def reset(self) -> None:
         """Return to the source model and measure ``F`` anew."""
         super().reset()
-        self._anchor.reset()
         torch._foreach_zero_(list(self._fisher.values()))
         self._batches = self._rows = 0
         self.gauges["fisher_rows"] = 0
 
     def state_dict(self) -> State:
         """Anchor and Fisher beside what `ETA` holds."""
-        own = {"anchor": self._anchor.state_dict(), "fisher": dict(self._fisher)}
-        return super().state_dict() | own | {"batches": self._batches, "rows": self._rows}
+        return super().state_dict() | {"fisher": dict(self._fisher), "batches": self._batches, "rows": self._rows}
 
     @torch.no_grad()
     def load_state_dict(self, state: State) -> None:
         """Take over a copy of a state."""
         super().load_state_dict(state)
-        self._anchor.load_state_dict(state["anchor"])
         for name, value in self._fisher.items():
             value.copy_(state["fisher"][name])
         self._batches, self._rows = int(state["batches"]), int(state["rows"])

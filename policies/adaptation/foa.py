@@ -6,11 +6,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from policies.features import Features, linear_head
-from policies.interfaces import Adaptation, Batch, Context, MethodParams, PolicyError, State
+from policies.features import HeadAdaptation, HeadParams
+from policies.interfaces import Batch, Context, PolicyError, State
 
 
-class FOA(Adaptation):
+class FOA(HeadAdaptation):
     """Adds to the features what their running mean lacks to the source's; forward passes alone, weights untouched.
 
     Reference: Niu et al., "Test-time model adaptation with only forward passes" (ICML 2024), its activation shift
@@ -42,7 +42,7 @@ class FOA(Adaptation):
 
     name = "foa"
 
-    class Params(MethodParams):
+    class Params(HeadParams):
         """Parameters of FOA.
 
         Attributes:
@@ -50,20 +50,16 @@ class FOA(Adaptation):
             momentum: Share of ``window`` rows in the running mean.
             window: Rows that ``momentum`` is meant for.
             reference_rows: Rows of the stream that stand for the source, where the model has no ``feature_mean``.
-            layer: Name of the classifier; empty finds it by itself.
         """
 
         strength: float = Field(default=1.0, ge=0)
         momentum: float = Field(default=0.1, gt=0, le=1)
         window: int = Field(default=64, ge=1)
         reference_rows: int = Field(default=512, ge=1)
-        layer: str = ""
 
     def __init__(self, params: Params, context: Context) -> None:
         super().__init__(params, context)
         self.params = params
-        self._features = Features(context.model, params.layer, context.num_classes, self.name)
-        self._head = linear_head(self._features, context.num_classes, self.name)
         given = getattr(context.source, "feature_mean", None)
         width = self._head.in_features
         if given is not None and given.shape != (width,):
@@ -113,15 +109,6 @@ class FOA(Adaptation):
         self._rows += count
         share = count / self._rows if plain else 1 - (1 - self.params.momentum) ** (count / self.params.window)
         self._running.lerp_(mean, share)
-
-    def reset(self) -> None:
-        """Return to the source model's weights and forget both means."""
-        super().reset()
-        self._forget()
-
-    def detach(self) -> None:
-        """Remove the hook."""
-        self._features.remove()
 
     def state_dict(self) -> State:
         """Both means and their rows."""

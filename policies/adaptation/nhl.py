@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from policies.adaptation.tent import Tent
-from policies.gradient import Anchor
-from policies.interfaces import Context, Outcome, PolicyError, State, Weights
+from policies.gradient import Anchor, Anchored
+from policies.interfaces import Context, Outcome, PolicyError, State
 from policies.norm import all_finite
 
 _log = logging.getLogger(__name__)
 
 
-class NHL(Tent):
+class NHL(Anchored, Tent):
     """Lets the first convolution follow the stream without an error signal, and steers what comes after it.
 
     Reference: Tang et al., "Neuro-modulated Hebbian learning for fully test-time adaptation" (CVPR 2023). **A
@@ -143,15 +143,9 @@ class NHL(Tent):
             self.gauges["returns"] += 1
             _log.info("nhl: the convolution returns to the source, %.3g from it", distance)
 
-    def learned(self, before: Weights, after: Weights) -> None:
-        """Move the source's weight as the live one was moved."""
-        super().learned(before, after)
-        self._anchor.learned(before, after)
-
     def reset(self) -> None:
         """Return to the source model and forget what waits."""
         super().reset()
-        self._anchor.reset()
         self._changes = []
 
     def detach(self) -> None:
@@ -159,14 +153,9 @@ class NHL(Tent):
         super().detach()
         self._hook.remove()
 
-    def state_dict(self) -> State:
-        """The source's weight beside what every gradient method holds."""
-        return super().state_dict() | {"anchor": self._anchor.state_dict()}
-
     def load_state_dict(self, state: State) -> None:
         """Take over a copy of a state."""
         super().load_state_dict(state)
-        self._anchor.load_state_dict(state["anchor"])
         self._changes = []
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pydantic import Field
 
 from policies.adaptation.eata import ETA
-from policies.gradient import Anchor
-from policies.interfaces import Context, Outcome, State, Weights
+from policies.gradient import Anchor, Anchored
+from policies.interfaces import Context, Outcome, State
 
 
-class RDumb(ETA):
+class RDumb(Anchored, ETA):
     """Adapts as `ETA` does and starts over at fixed intervals, which on long streams beats all that never does.
 
     Reference: Press et al., "RDumb: a simple approach that questions our progress in continual test-time adaptation"
@@ -66,23 +66,16 @@ class RDumb(ETA):
         self._mean = None
         self.gauges["resets"] += 1
 
-    def learned(self, before: Weights, after: Weights) -> None:
-        """Move the anchor as the live weights were moved."""
-        super().learned(before, after)
-        self._anchor.learned(before, after)
-
     def reset(self) -> None:
         """Return to the source model and count anew."""
         super().reset()
-        self._anchor.reset()
         self._batches = 0
 
     def state_dict(self) -> State:
         """Anchor and count beside what `ETA` holds."""
-        return super().state_dict() | {"anchor": self._anchor.state_dict(), "batches": self._batches}
+        return super().state_dict() | {"batches": self._batches}
 
     def load_state_dict(self, state: State) -> None:
         """Take over a copy of a state."""
         super().load_state_dict(state)
-        self._anchor.load_state_dict(state["anchor"])
         self._batches = int(state["batches"])

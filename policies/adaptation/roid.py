@@ -9,11 +9,11 @@ from torch import Tensor
 
 from kernels import lerp_, softmax_entropy
 from policies.augment import Augmentation, augment
-from policies.gradient import Anchor, GradientAdaptation, GradientParams
-from policies.interfaces import Context, State, Weights
+from policies.gradient import Anchor, Anchored, GradientAdaptation, GradientParams
+from policies.interfaces import Context, State
 
 
-class ROID(GradientAdaptation):
+class ROID(Anchored, GradientAdaptation):
     """Adapts to certain and diverse rows, keeps near the source weights, and corrects answers by the batch's classes.
 
     Reference: Marsden et al., "Universal test-time adaptation through weight ensembling, diversity weighting, and prior
@@ -36,11 +36,10 @@ class ROID(GradientAdaptation):
     but not yet adapted to.
 
     Deviations: as of `policies.adaptation.tent.Tent`. The prior multiplies probabilities, not logits, whose sign would
-    turn its effect around. On logits of usual size the published form is worth about the third power of the prior, so
-    that is the default: where classes come in runs it makes up for the smoothing, where they come mixed it does nothing
-    to speak of. A ``prior_weight`` of 1 is the equation of the paper. Where all rows are equally diverse, or equally
-    certain, that factor is 1 for all (one row, for instance). ``phi_s`` moves along with labelled learning. The view:
-    see `policies.augment.strong_image` at half strength.
+    turn its effect around. A ``prior_weight`` of 1 is the equation of the paper; more leans further to the classes of
+    the batch. Where all rows are equally diverse, or equally certain, that factor is 1 for all (one row, for
+    instance). ``phi_s`` moves along with labelled learning. The view: see `policies.augment.strong_image` at half
+    strength.
 
     Cost: one forward on the batch, one on the rows of positive weight, and a backward through both.
 
@@ -68,7 +67,7 @@ class ROID(GradientAdaptation):
         temperature: float = Field(default=1 / 3, gt=0)
         pull: float = Field(default=0.01, ge=0, le=1)
         prior_correction: bool = True
-        prior_weight: float = Field(default=3.0, ge=0)
+        prior_weight: float = Field(default=1.0, ge=0)
         consistency: bool = True
         augmentation: Augmentation = "auto"
         strength: float = Field(default=0.5, ge=0, le=1)
@@ -116,27 +115,19 @@ class ROID(GradientAdaptation):
         names = list(self._named)
         lerp_([self._named[n].data for n in names], [self._anchor.values[n] for n in names], self.params.pull)
 
-    def learned(self, before: Weights, after: Weights) -> None:
-        """Move the anchor as the live weights were moved."""
-        super().learned(before, after)
-        self._anchor.learned(before, after)
-
     def reset(self) -> None:
         """Return to the source model and forget everything."""
         super().reset()
-        self._anchor.reset()
         self._generator.manual_seed(self.context.seed)
         self._mean = torch.full_like(self._mean, 1 / len(self._mean))
 
     def state_dict(self) -> State:
         """Anchor, running mean and generator beside what every gradient method holds."""
-        own = {"anchor": self._anchor.state_dict(), "mean": self._mean, "generator": self._generator.get_state()}
-        return super().state_dict() | own
+        return super().state_dict() | {"mean": self._mean, "generator": self._generator.get_state()}
 
     def load_state_dict(self, state: State) -> None:
         """Take over a copy of a state."""
         super().load_state_dict(state)
-        self._anchor.load_state_dict(state["anchor"])
         self._generator.set_state(state["generator"].cpu())
         self._mean = state["mean"].to(self.context.device, copy=True)
 

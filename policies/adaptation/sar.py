@@ -8,12 +8,12 @@ from pydantic import Field
 from torch import Tensor
 
 from kernels import softmax_entropy
-from policies.gradient import Anchor, GradientAdaptation, GradientParams
-from policies.interfaces import Context, State, Weights
+from policies.gradient import Anchor, Anchored, GradientAdaptation, GradientParams
+from policies.interfaces import Context, State
 from policies.sharpness import sharp
 
 
-class SAR(GradientAdaptation):
+class SAR(Anchored, GradientAdaptation):
     """Minimises the entropy of reliable rows where the loss is flat, and returns to the source before it collapses.
 
     Reference: Niu et al., "Towards stable test-time adaptation in dynamic wild world" (ICLR 2023).
@@ -93,23 +93,16 @@ class SAR(GradientAdaptation):
             self._running = None
             self.gauges["recoveries"] += 1
 
-    def learned(self, before: Weights, after: Weights) -> None:
-        """Move the anchor as the live weights were moved."""
-        super().learned(before, after)
-        self._anchor.learned(before, after)
-
     def reset(self) -> None:
         """Return to the source model and forget the running loss."""
         super().reset()
-        self._anchor.reset()
         self._running = None
 
     def state_dict(self) -> State:
         """Anchor and running loss beside what every gradient method holds."""
-        return super().state_dict() | {"anchor": self._anchor.state_dict(), "running": self._running}
+        return super().state_dict() | {"running": self._running}
 
     def load_state_dict(self, state: State) -> None:
         """Take over a copy of a state."""
         super().load_state_dict(state)
-        self._anchor.load_state_dict(state["anchor"])
         self._running = state["running"]

@@ -8,11 +8,11 @@ from pydantic import Field
 from torch import Tensor
 
 from kernels import softmax_entropy
-from policies.features import Features, linear_head
-from policies.interfaces import Adaptation, Batch, Context, MethodParams, State
+from policies.features import HeadAdaptation, HeadParams
+from policies.interfaces import Batch, Context, State
 
 
-class T3A(Adaptation):
+class T3A(HeadAdaptation):
     """Classifies by the mean direction of each class's surest features; weights stay untouched.
 
     Reference: Iwasawa & Matsuo, "Test-time classifier adjustment module for model-agnostic domain generalization"
@@ -40,30 +40,26 @@ class T3A(Adaptation):
 
     name = "t3a"
 
-    class Params(MethodParams):
+    class Params(HeadParams):
         """Parameters of T3A.
 
         Attributes:
             supports: How many to keep of each class.
-            layer: Name of the classifier; empty finds it by itself.
         """
 
         supports: int = Field(default=20, ge=1)
-        layer: str = ""
 
     def __init__(self, params: Params, context: Context) -> None:
         super().__init__(params, context)
         self.params = params
-        self._features = Features(context.model, params.layer, context.num_classes, self.name)
-        self._head = linear_head(self._features, context.num_classes, self.name)
         self._forget()
-        self.gauges["supports"] = 0
 
     def _forget(self) -> None:
         weight = self._head.weight.detach()
         self._supports = weight.new_zeros(0, weight.shape[1])
         self._classes = torch.zeros(0, dtype=torch.int64, device=weight.device)
         self._entropies = weight.new_zeros(0)
+        self.gauges["supports"] = 0
 
     @torch.no_grad()
     def _adapt(self, batch: Batch) -> Tensor:
@@ -89,17 +85,6 @@ class T3A(Adaptation):
         classes = self._head(templates).argmax(1)
         centres = torch.zeros_like(templates).index_add_(0, classes, F.normalize(templates, dim=1))
         return F.normalize(centres.index_add_(0, self._classes, self._supports), dim=1)
-
-    @torch.no_grad()
-    def reset(self) -> None:
-        """Return to the source model's weights and forget the supports."""
-        super().reset()
-        self._forget()
-        self.gauges["supports"] = 0
-
-    def detach(self) -> None:
-        """Remove the hook."""
-        self._features.remove()
 
     def state_dict(self) -> State:
         """The supports, their classes and entropies."""
