@@ -12,6 +12,9 @@ import math
 from collections import Counter, deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import repeat
+from operator import itemgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -39,6 +42,9 @@ from policies.interfaces import (
 from streams.codec import Event, Feedback
 from streams.join import Joined, JoinStore, Waiting
 from streams.seams import failpoint
+
+_make_waiting = partial(tuple.__new__, Waiting)  # what `Waiting` does, without a Python call for each
+_partition_of = itemgetter(1)
 
 MAX_DEFERRED = 64
 """Batches whose adaptation may wait for a background job before serving waits too; bounds memory."""
@@ -168,11 +174,10 @@ class Core:
 
     def _wait_for_labels(self, answers: Answers) -> None:
         """Let the inputs of a batch wait; labels that came before their event join now."""
-        step = answers.step
-        waiting = [
-            Waiting(name, inputs, time, group, label, step, record[1])
-            for (name, inputs, time, group, record), label in zip(answers.events, answers.labels.tolist(), strict=True)
-        ]
+        *columns, records = zip(*answers.events, strict=True)
+        partitions = map(_partition_of, records)
+        rows = zip(*columns, answers.labels.tolist(), repeat(answers.step, len(records)), partitions, strict=True)
+        waiting = list(map(_make_waiting, rows))
         self._joined(self.joins.answered(waiting, self.watermark))
 
     def _watch(self, batch: Batch, logits: Tensor, answers: Answers) -> None:

@@ -4,36 +4,42 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Sequence
+from functools import partial
+from itertools import repeat
+from typing import Any
 
 from confluent_kafka import Consumer, Message, TopicPartition
 
-from streams.base import Partition, Record
+from streams.base import Headers, Partition, Record
 
 HELD_RECORDS = 4096
 HELD_BYTES = 8 * 2**20
 """How much of a paused topic is held before librdkafka is told to stop fetching it."""
 
+_make_record = partial(tuple.__new__, Record)  # what `Record` does, without a Python call for each
 
-def records(messages: Iterable[Message]) -> list[Record]:
+
+def records(messages: Sequence[Message]) -> list[Record]:
     """Return messages, none of them an error, as records in the same order."""
-    return [_record(message) for message in messages]
-
-
-def _record(message: Message) -> Record:
-    kind, milliseconds = message.timestamp()
-    offset = message.offset()
-    headers = message.headers()
-    return Record(
-        message.topic(),  # type: ignore[arg-type]  # None only for an error
-        message.partition(),  # type: ignore[arg-type]
-        offset,  # type: ignore[arg-type]
-        offset + 1,  # type: ignore[operator]
-        milliseconds / 1000 if kind else math.nan,
-        message.key(),
-        message.value() or b"",
-        tuple([(name, content or b"") for name, content in headers]) if headers else (),  # type: ignore[misc,str-unpack]
+    offsets: list[int] = list(map(Message.offset, messages))  # type: ignore[arg-type]  # None only for an error
+    values, headers = list(map(Message.value, messages)), list(map(Message.headers, messages))
+    times = [milliseconds / 1000 if kind else math.nan for kind, milliseconds in map(Message.timestamp, messages)]
+    columns = (
+        map(Message.topic, messages),
+        map(Message.partition, messages),
+        offsets,
+        [offset + 1 for offset in offsets],
+        times,
+        map(Message.key, messages),
+        [value or b"" for value in values] if None in values else values,
+        map(_plain, headers) if any(headers) else repeat((), len(messages)),
     )
+    return list(map(_make_record, zip(*columns, strict=True)))
+
+
+def _plain(headers: Any) -> Headers:
+    return tuple([(name, content or b"") for name, content in headers]) if headers else ()
 
 
 class Flow:
@@ -53,6 +59,8 @@ class Flow:
 
     def divide(self, came: list[Record]) -> list[Record]:
         """Keep records of paused topics; return the others."""
+        if not self.paused:
+            return came
         wanted: list[Record] = []
         for record in came:
             if record.stream in self.paused:

@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any
 
 from confluent_kafka import KafkaError, KafkaException, Producer
@@ -130,9 +131,8 @@ class ConfluentSink(TopicSink[ConfluentClient]):
             StreamError: A message is too large, or the cluster refused an earlier one.
         """
         producer = self._opened()
-        for message in messages:
-            key, value, headers = message
-            if headers or len(value) + len(key or b"") > self._limit:
+        if _size_at_most(messages) > self._limit:
+            for message in messages:
                 self._check_size(message)
         self._make_room(producer, len(messages))
         self._rest.extend(messages)
@@ -232,6 +232,20 @@ class ConfluentSink(TopicSink[ConfluentClient]):
         size = _size(*message)
         if size > self._limit:
             raise self._too_large(size, message)
+
+
+def _size_at_most(messages: Sequence[Message]) -> int:
+    """What no message is larger than: the largest of every part of them together."""
+    if not messages:
+        return 0
+    keys, values, headers = zip(*messages, strict=True)
+    size = max(map(len, values)) + max([len(key) if key else 0 for key in keys])
+    pairs = list(chain.from_iterable(headers))
+    if pairs:
+        names, contents = zip(*pairs, strict=True)
+        largest = max(map(len, names)) + max([len(content or b"") for content in contents]) + 10
+        size += largest * max(map(len, headers))
+    return size
 
 
 def _size(key: bytes | None, value: bytes, headers: Any) -> int:
