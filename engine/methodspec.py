@@ -26,7 +26,7 @@ PARAMETERS = "method_parameters"
 
 
 class MethodSpec(BaseModel):
-    """A method that a policy chose: ``{method: NAME, ...parameters}``."""
+    """A method that a policy chose: ``{method: NAME, ...parameters}``, or its name alone."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -41,6 +41,8 @@ class MethodSpec(BaseModel):
         """Have the method's own class validate the parameters."""
         if isinstance(data, cls):
             return data
+        if isinstance(data, str):
+            data = {"method": data}
         if not isinstance(data, Mapping):
             raise PydanticCustomError("method_mapping", "write it as {method: NAME}, with parameters beside the name")
         name = data.get("method")
@@ -66,7 +68,8 @@ class MethodSpec(BaseModel):
 
     @classmethod
     def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        return {"oneOf": [cls._branch(name) for name in sorted(registry.known(cls.kind))]}
+        known = sorted(registry.known(cls.kind))
+        return {"oneOf": [{"enum": known}, *(cls._branch(name) for name in known)]}
 
     @classmethod
     def _branch(cls, name: str) -> JsonSchemaValue:

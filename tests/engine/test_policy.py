@@ -271,12 +271,19 @@ def test_paths_start_from_the_directory_of_the_file(tmp_path: Path, monkeypatch:
 def test_the_schema_holds_every_method_with_its_parameters() -> None:
     schema: dict[str, Any] = json.loads(json.dumps(json_schema()))
     for key, kind in (("AdaptationSpec", "adaptation"), ("SafeguardSpec", "safeguard"), ("GateSpec", "gate")):
-        branches = {branch["title"]: branch for branch in schema["$defs"][key]["oneOf"]}
+        names, *branched = schema["$defs"][key]["oneOf"]
+        assert names == {"enum": sorted(registry.known(kind))}
+        branches = {branch["title"]: branch for branch in branched}
         assert sorted(branches) == sorted(registry.known(kind))
         for name, branch in branches.items():
             assert set(branch["properties"]) == {"method", *registry.find(kind, name).Params.model_fields}
             assert branch["additionalProperties"] is False
             assert "$ref" not in json.dumps(branch)
+
+
+def test_a_method_without_parameters_may_be_written_as_its_name(tmp_path: Path) -> None:
+    policy = load(write(tmp_path, BASE + "adaptation: auto\nsafeguards: [finite]\n"), environ={}).policy
+    assert [(kind, name) for kind, name, _ in policy.methods()] == [("adaptation", "auto"), ("safeguard", "finite")]
 
 
 def test_a_method_that_cannot_be_imported_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

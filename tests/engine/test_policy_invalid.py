@@ -80,7 +80,8 @@ TYPES = [
     (BASE + "metrics: {enabled: 1}\n", 5, "metrics.enabled: 1 is not true or false"),
     (BASE + "metrics: {port: 70000}\n", 5, "metrics.port: 70000: expected less than or equal to 65535"),
     (BASE + "safeguards: {method: replay}\n", 5, "safeguards: a mapping is not what belongs here; expected a list"),
-    (BASE + "adaptation: rotta\n", 5, "adaptation: write it as {method: NAME}"),
+    (BASE + "adaptation: [rotta]\n", 5, "adaptation: write it as {method: NAME}"),
+    (BASE + "adaptation: rota\n", 5, "rotta"),
     (
         BASE + "adaptation: {method: tent, lr: fast}\n",
         5,
