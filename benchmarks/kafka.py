@@ -11,9 +11,9 @@ the broker's own stamp of the last answer. Every event must have its answer, or 
 Part ``rates`` holds adaptd with each of its clients against the bare loop with that client (`benchmarks.kafka_loops`),
 Quix Streams and Bytewax. The loops neither join nor journal nor checkpoint nor measure, check nothing that they read,
 and commit offsets without waiting for their answers; adaptd does all of that, with one event in a hundred labelled and
-a checkpoint every five seconds, in batches of up to 512, as the loops poll. The loops parse JSON with the standard
-library; adaptd and Quix Streams with orjson. Part ``costs`` takes away, or adds, one thing at a time. Part ``latency``
-writes records at half of each rate and compares the broker's stamps of record and answer.
+a checkpoint every five seconds, in batches of up to 512, as the loops poll, or of what 5 ms bring. The loops parse JSON
+with the standard library; adaptd and Quix Streams with orjson. Part ``costs`` takes away, or adds, one thing at a time.
+Part ``latency`` writes records at half of each rate and compares the broker's stamps of record and answer.
 
 Quix Streams and Bytewax need an interpreter that has them: ``--peers``. What is missing is skipped, and the result
 says why.
@@ -66,7 +66,7 @@ streams:
   data: {{kafka: {data}}}
 {feedback}
   predictions: {{kafka: {answers}, format: {form}}}
-batching: {{max_size: 512}}
+batching: {{max_size: 512, max_delay: 5ms}}
 join: {{mode: {join}}}
 adaptation: {{method: {adaptation}}}
 learning: {{enabled: {learning}}}
@@ -87,6 +87,7 @@ COSTS: dict[str, dict[str, str]] = {
     "tent": {"model": "normed", "adaptation": "tent"},
     "rotta": {"model": "normed", "adaptation": "rotta"},
     "lame": {"model": "normed", "adaptation": "lame"},
+    "auto": {"model": "normed", "adaptation": "auto"},
 }
 """What differs from the policy of the part ``rates``; the methods are to be held against ``model_with_norm``."""
 
