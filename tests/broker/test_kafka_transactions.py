@@ -20,11 +20,13 @@ from tests.broker.helpers import (
     AnySink,
     AnySource,
     Keeper,
+    Opened,
     SinkFactory,
     TopicFactory,
     fresh_group,
     named_for,
     poll_until,
+    read,
     write,
 )
 
@@ -97,10 +99,10 @@ def member(place: Place) -> Iterator[Members]:
 
 
 def ready(member: Member) -> Positions:
-    positions = member.transactions.open()
+    """Open in the order of the engine: sinks first."""
     member.sink.open()
     member.letters.open()
-    return positions
+    return member.transactions.open()
 
 
 def test_answers_letters_and_offsets_become_visible_together(
@@ -120,6 +122,36 @@ def test_answers_letters_and_offsets_become_visible_together(
     assert read_note(stored.metadata) == ("m", 1)
     two = member(joined=False)
     assert ready(two) == {(place.data, 0): 3}
+
+
+def test_a_second_life_goes_on_where_the_first_committed_and_shuts_it_out(
+    place: Place, member: Members, sink: SinkFactory, source: Opened
+) -> None:
+    write(sink(place.data), 10)
+    first = member()
+    ready(first)
+    first.transactions.begin()
+    first.transactions.commit(first.send(b"a", 3), None, 10)
+    first.transactions.begin()
+    first.send(b"never seen", 9)
+    second = member(joined=False)
+    assert ready(second) == {(place.data, 0): 3}
+    with pytest.raises(StreamUnavailableError, match="the transaction failed"):
+        first.transactions.commit({(place.data, 0): 9}, None, 10)
+    poll_until([second.source], lambda: second.source.committed() == {(place.data, 0): 3})
+    second.transactions.begin()
+    second.transactions.commit(second.send(b"b", 4), None, 10)
+    seen = source(place.out)
+    assert [record.value for record in read(seen, 2)] == [b"a", b"b"]
+    poll_until([seen], lambda: seen.lag() == {(place.out, 0): 0})  # past the marks of transactions
+    assert second.transactions.recover() == {}
+    third = member(joined=False)
+    poll_until([third.source], lambda: third.source.committed() == {(place.data, 0): 4})
+
+
+def test_a_process_that_is_not_in_its_group_begins_no_transaction(place: Place, member: Members) -> None:
+    with pytest.raises(StreamUnavailableError, match=f"has not joined group {place.group}"):
+        member(joined=False).transactions.begin()
 
 
 def test_what_was_not_committed_is_never_seen_and_is_sent_again(place: Place, member: Members) -> None:
