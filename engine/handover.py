@@ -131,13 +131,13 @@ class Handover:
             if not lost:
                 daemon.writer.lose(partitions)
             daemon.beside(self._close, partitions)
-        if lost and daemon.writer.transactional:
-            standing = None  # those answers are visible to nobody; where a partition comes back they are due
         daemon.metrics.revoked(partitions)
         if standing is None:
             log.error("partitions_given_up", partitions=len(partitions), seconds=round(within, 1))
         else:
             log.info("partitions_lost" if lost else "partitions_revoked", partitions=len(partitions))
+        if lost and daemon.writer.transactional:
+            return None  # those answers are visible to nobody; where a partition comes back they are due
         return standing
 
     async def _finish(self, partitions: Sequence[Partition], lost: bool, deadline: float) -> Standing | None:
