@@ -11,13 +11,15 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from kafka import KafkaAdminClient
 
 from streams.base import Message
 from streams.kafka import KafkaSettings
-from tests.broker.daemons import Daemon, Process, Topics, everything, send, small_events, small_feedback
-from tests.broker.helpers import SinkFactory, TopicFactory
+from tests.broker.daemons import Daemon, Process, Topics, ends, everything, send, small_events, small_feedback
+from tests.broker.helpers import AnySink, SinkFactory, TopicFactory
 from tests.broker.node import Node
 
 KILLS = int(os.environ.get("ADAPTD_BROKER_KILLS", "3"))
@@ -81,6 +83,18 @@ def until(done: Callable[[], bool], life: Process) -> None:
     while not done():
         assert time.monotonic() < deadline, life.words
         time.sleep(0.05)
+
+
+def send_until_stopped(events: AnySink, life: Process) -> int:
+    """Send until a process has stopped itself; how many events. Two sends may end in one transaction, never in none."""
+    count = 0
+    deadline = time.monotonic() + LIMIT
+    while not stopped(life):
+        assert time.monotonic() < deadline, life.words
+        send(events, small_events(count, 50))
+        count += 50
+        time.sleep(0.3)
+    return count
 
 
 Daemons = Callable[..., Daemon]
@@ -195,13 +209,10 @@ def test_a_daemon_that_stood_still_until_its_transaction_expired_goes_on(
         *FLAGS, "streams.kafka.timeout=2", before=at(settings.client, "commit_transaction", 2, "SIGSTOP")
     )
     life.until(lambda status: status["state"] == "waiting for records")
-    for first in range(0, 150, 50):
-        send(events, small_events(first, 50))
-        time.sleep(0.4)
-    until(lambda: stopped(life), life)
+    count = send_until_stopped(events, life)
     time.sleep(14)
     life.send(signal.SIGCONT)
-    settle(settings, topics, 150, life)
+    settle(settings, topics, count, life)
     assert "transaction_again" in life.words
 
 
@@ -212,16 +223,57 @@ def test_a_zombie_whose_successor_lives_writes_nothing_and_ends_with_a_sentence(
     events = sink(topics.data)
     zombie = daemons(topics, "zombie").start(*FLAGS, before=at(settings.client, "commit_transaction", 3, "SIGSTOP"))
     zombie.until(lambda status: status["state"] == "waiting for records")
-    for first in range(0, 150, 50):
-        send(events, small_events(first, 50))
-        time.sleep(0.4)
-    until(lambda: stopped(zombie), zombie)
+    count = send_until_stopped(events, zombie)
     heir = daemons(topics, "heir")
     shutil.copytree(tmp_path / "zombie" / "state", tmp_path / "heir" / "state")
     successor = heir.start(*FLAGS)
-    until(lambda: once(settings, topics, 150), successor)
+    until(lambda: once(settings, topics, count), successor)
     zombie.send(signal.SIGCONT)
     assert zombie.wait(LIMIT) == 78
     assert "its state directory is a copy of this one" in zombie.words
-    send(events, small_events(150, 50))
-    settle(settings, topics, 200, successor)
+    send(events, small_events(count, 50))
+    settle(settings, topics, count + 50, successor)
+
+
+LOSSES = {
+    "refused by the group": ("send_offsets_to_transaction", 10, True),
+    "committed late": ("commit_transaction", 10, False),
+    "expired": ("commit_transaction", 2, True),
+}
+"""What becomes of the transaction, and for that: where its process stops, `streams.kafka.timeout`, and whether until
+another has answered what the transaction holds, or only until the group has given that away."""
+
+
+@pytest.mark.parametrize("fate", LOSSES)
+def test_partitions_that_are_lost_in_an_open_transaction_are_answered_once_and_the_loser_goes_on(
+    topic: TopicFactory,
+    sink: SinkFactory,
+    settings: KafkaSettings,
+    daemons: Daemons,
+    admin: KafkaAdminClient,
+    fate: str,
+) -> None:
+    call, timeout, answered = LOSSES[fate]
+    topics = Topics.make(topic, 2)
+    events = sink(topics.data)
+    flags = (*FLAGS, f"streams.kafka.timeout={timeout}")
+    loser = daemons(topics, "loser").start(*flags, before=at(settings.client, call, 3, "SIGSTOP"))
+    heir = daemons(topics, "heir").start(*flags)
+    for life in (loser, heir):
+        life.until(lambda status: len(status["partitions"]) == 2)
+    count = send_until_stopped(events, loser)
+
+    def moved(status: dict[str, Any]) -> bool:
+        given = len(admin.describe_groups([topics.group])[topics.group]["members"]) == 1
+        reached = {f"{name}-{n}": end for (name, n), end in ends(settings, topics.data).items()}
+        return given and (not answered or reached.items() <= status["positions"].items())
+
+    heir.until(moved, LIMIT)
+    loser.send(signal.SIGCONT)
+    for life in (loser, heir):
+        life.until(lambda status: len(status["partitions"]) == 2, LIMIT)
+    send(events, small_events(count, 50))
+    settle(settings, topics, count + 50, loser)
+    settle(settings, topics, count + 50, heir)
+    assert "partitions_lost" in loser.words, loser.words
+    assert ("transaction_again" in loser.words) == answered, loser.words
