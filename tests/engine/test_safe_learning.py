@@ -85,3 +85,27 @@ def test_the_guarded_preset_ends_no_worse_than_the_source_model(tmp_path: Path, 
     assert found["updates_by_kind"]["learning"] > 30
     assert audited["live"] >= audited["source"] - 0.01
     assert audited["release"] >= audited["source"] - 0.01
+
+
+EXPLOSION = "learning: {lr: 10}\n"
+"""Ten thousand times the default."""
+GUARDED = "preset: guarded\naudit: {share: 0.2}\n"
+
+
+def test_a_learning_rate_that_breaks_a_bare_model_does_not_break_a_guarded_one(tmp_path: Path) -> None:
+    bare = backtest(tmp_path, brittle(norm=True, scale=1.0), EXPLOSION)
+    assert bare["accuracy"] < bare["source_accuracy"] - 0.3
+    guarded = backtest(tmp_path, brittle(norm=True, scale=1.0), GUARDED + EXPLOSION)
+    assert guarded["updates_by_kind"]["learning"] > 30
+    assert guarded["accuracy"] > guarded["source_accuracy"] - 0.01
+
+
+def test_weights_that_explode_without_safeguards_are_rolled_back_at_every_look_and_never_released(
+    tmp_path: Path,
+) -> None:
+    found = backtest(tmp_path, brittle(norm=True, scale=1.0), f"{GUARDED}{EXPLOSION}safeguards: []\n")
+    assert found["rollbacks"] >= 3
+    assert found["decisions"] == {"roll_back.live_worse": found["rollbacks"]}
+    assert found["release"]["number"] == 0
+    audited = found["release"]["accuracy"]
+    assert audited["release"] == audited["source"] > audited["live"]
