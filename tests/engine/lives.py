@@ -36,6 +36,9 @@ class Answered:
             for event, row in zip(given.events, given.probabilities, strict=True):
                 self.rows[event.id] = (row.tobytes(), given.release, given.step)
 
+    def wait_flushed(self) -> None:
+        """What is put is out."""
+
 
 class Life:
     """One life of a process on a state directory; it ends with `crash`.
@@ -45,13 +48,20 @@ class Life:
     """
 
     def __init__(
-        self, directory: Path, make: Callable[[], Core], *, batches: int = 16, save_every: float = 4, take_in: int = 5
+        self,
+        directory: Path,
+        make: Callable[[], Core],
+        *,
+        batches: int = 16,
+        save_every: float = 4,
+        take_in: int = 5,
+        digest: str = "0" * 64,
     ) -> None:
         self.store = CheckpointStore(directory)
         self.store.lock()
         self.store.sweep()
         self.core = make()
-        self.keeper = Keeper(self.store, Journal(directory), "0" * 64)
+        self.keeper = Keeper(self.store, Journal(directory), digest)
         self.save_every, self.take_in = save_every, take_in
         restored = self.keeper.restore(self.core)
         positions, entries = restored if restored is not None else ({}, [])

@@ -6,29 +6,83 @@ has answered and counted after as many journal entries.
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import functools
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
+import anyio
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from engine import reload
+from engine.build import build_core
 from engine.checkpoint.disk import LocalDisk
 from engine.core import Core
+from engine.daemon import Daemon
 from engine.errors import StorageError
-from tests.engine.cores import choice, make_core
+from engine.metrics import Metrics
+from engine.policyfile import LoadedPolicy, load
+from engine.writer import Writer
+from tests.engine.cores import tiny_model
 from tests.engine.lives import SIZE, Life
+from tests.engine.policies import BASE, write
 
-BATCHES = 12
+BATCHES = 24
+POLICY = (
+    BASE
+    + """\
+batching: {max_size: 16}
+join: {max_disk_bytes: 0}
+adaptation: {method: bn, mode: ema, momentum: 0.1}
+safeguards: [{method: replay, capacity: 16}, {method: finite}]
+learning: {mode: inline, optimizer: adam, lr: 0.05, batch_size: 8, max_delay: 1000d}
+audit: {share: 0.25}
+checkpoint: {every: 60s}
+"""
+)
+OTHERS = ("every: 60s", "every: 61s", "every: 62s, keep: 4")
+"""Policies that differ in nothing that batches or weights go by."""
+STEPS = st.integers(0, 6)
+"""Batches before something else happens."""
+BROKEN = ("every: soon", "every: 60s}\nmodle: {", "every: 60s}\nseed: 7\n#{", "every: 60s}\ngate: {method: gone")
 
 
-def make() -> Core:
-    adaptation = choice("adaptation", "bn", mode="ema", momentum=0.1)
-    return make_core(adaptation, choice("safeguard", "replay", capacity=16), choice("safeguard", "finite"))
+class KilledError(BaseException):
+    """Stands for SIGKILL: nothing that handles exceptions handles it."""
+
+
+def kill(_: str) -> None:
+    """Stands for a failpoint that is armed."""
+    raise KilledError
+
+
+async def reload_in(life: Life, loaded: LoadedPolicy) -> tuple[str, LoadedPolicy]:
+    """Have the reloader of a daemon around a life read the policy again; what became of it, and the one in force."""
+    async with anyio.create_task_group() as tasks:
+        writer, metrics = cast("Writer", life.answered), Metrics()
+        daemon = Daemon(
+            runner=life.runner,
+            cutter=life.cutter,
+            readers=[],
+            writer=writer,
+            metrics=metrics,
+            checkpoint_every=float("inf"),
+        )
+        daemon.state, daemon._tasks = "serving", tasks
+        assert loaded.path is not None
+        read = functools.partial(load, loaded.path, environ={})
+        reloader = reload.Reloader(daemon, loaded, read, lambda _: None, {})
+        result = await reloader.reload("a rule")
+    life.core = daemon.core
+    return result, reloader.loaded
 
 
 class BrokenDisk(LocalDisk):
@@ -69,23 +123,41 @@ class Engine(RuleBasedStateMachine):
         self.answers: dict[str, tuple[bytes, int, int]] = {}
         self.journaled = 0
         self.acknowledged = 0
-        self.whole = Life(self.root / "whole", make, batches=BATCHES, save_every=float("inf"))
+        self.write(OTHERS[0])
+        self.whole = self.begin_life("whole")
         self.counts = {0: dict(self.whole.core.counts)}
         while self.whole.step():
             self.counts[self.whole.keeper.sequence] = dict(self.whole.core.counts)
 
     @initialize()
     def begin(self) -> None:
-        self.life = Life(self.root / "state", make, batches=BATCHES, save_every=float("inf"))
+        self.life = self.begin_life("state")
+
+    def write(self, words: str) -> None:
+        write(self.root, POLICY.replace(OTHERS[0], words))
+
+    def begin_life(self, name: str) -> Life:
+        self.loaded = loaded = load(self.root / "policy.yaml", environ={})
+
+        def make() -> Core:
+            return build_core(loaded.policy, tiny_model(), background=False, directory=None)
+
+        return Life(self.root / name, make, batches=BATCHES, save_every=float("inf"), digest=loaded.digest)
 
     # -- what may happen ----------------------------------------------------------------------------------------
 
-    @rule(steps=st.integers(1, 6))
+    @rule(steps=STEPS)
     def records_come(self, steps: int) -> None:
         """Batches of data and of feedback, as the streams have them."""
         for _ in range(steps):
             self.life.step()
             self.note()
+
+    def go_on(self, steps: int) -> None:
+        """Take so many batches, and what is left of a replay: checkpoints and reloads wait for its end."""
+        self.records_come(steps)
+        while self.life.cutter.replaying:
+            self.records_come(1)
 
     @rule()
     def a_tick_comes(self) -> None:
@@ -94,40 +166,94 @@ class Engine(RuleBasedStateMachine):
             self.life.runner.finish()
             self.journaled = max(self.journaled, self.life.keeper.sequence)
 
-    @precondition(lambda self: not self.life.cutter.replaying)
-    @rule()
-    def a_checkpoint_is_made(self) -> None:
+    @rule(steps=STEPS)
+    def a_checkpoint_is_made(self, steps: int) -> None:
+        self.go_on(steps)
         if self.life.keeper.sequence != self.life.keeper.saved_step:
             self.life.save()
             self.acknowledged = self.life.keeper.sequence
 
-    @precondition(lambda self: not self.life.cutter.replaying)
-    @rule(at=st.integers(1, 12), code=st.sampled_from([errno.ENOSPC, errno.EIO, errno.EROFS]))
-    def the_disk_fails_during_a_checkpoint(self, at: int, code: int) -> None:
+    @rule(steps=STEPS, at=st.integers(1, 12), code=st.sampled_from([errno.ENOSPC, errno.EIO, errno.EROFS]))
+    def the_disk_fails_during_a_checkpoint(self, steps: int, at: int, code: int) -> None:
+        self.go_on(steps)
         if self.life.keeper.sequence == self.life.keeper.saved_step:
             return
+        with self.broken_disk(at, code), contextlib.suppress(StorageError):
+            self.life.save()
+            self.acknowledged = self.life.keeper.sequence
+
+    @contextlib.contextmanager
+    def broken_disk(self, at: int, code: int) -> Iterator[None]:
         store = self.life.store
         good, broken = store._disk, BrokenDisk(at, code)
         store._disk = store._layout.disk = broken
         try:
-            self.life.save()
-            self.acknowledged = self.life.keeper.sequence
-        except StorageError:
-            pass
+            yield
         finally:
             store._disk = store._layout.disk = good
 
-    @rule()
-    def the_process_is_killed(self) -> None:
+    @rule(steps=STEPS)
+    def the_process_is_killed(self, steps: int) -> None:
+        self.records_come(steps)
+        self.die()
+
+    def die(self) -> None:
         self.live_again()
         assert self.life.keeper.saved_step is not None
         assert self.life.keeper.saved_step >= self.acknowledged, "an acknowledged checkpoint is gone"
 
-    @rule(digest=st.sampled_from("abc"))
-    def the_policy_is_changed(self, digest: str) -> None:
-        """A restart under another policy; here one that differs in nothing that batches go by."""
-        self.life.keeper._digest = digest * 64
+    @rule(steps=STEPS, words=st.sampled_from(OTHERS))
+    def the_policy_is_changed_between_two_lives(self, steps: int, words: str) -> None:
+        self.records_come(steps)
+        self.write(words)
         self.live_again()
+
+    @rule(steps=STEPS, words=st.sampled_from(OTHERS))
+    def the_policy_is_reloaded(self, steps: int, words: str) -> None:
+        self.go_on(steps)
+        self.write(words)
+        core, digest = self.life.core, self.loaded.digest
+        assert self.reload() == ("unchanged" if self.loaded.digest == digest else "applied")
+        if self.loaded.digest != digest:
+            assert self.life.core is self.life.runner.core is not core
+            assert self.life.keeper.saved_step == self.life.keeper.sequence
+
+    @rule(steps=STEPS, words=st.sampled_from(BROKEN))
+    def a_broken_policy_is_refused(self, steps: int, words: str) -> None:
+        self.go_on(steps)
+        before = self.life.core, self.loaded, self.life.keeper.saved_step
+        self.write(words)
+        assert self.reload() == "rejected"
+        assert (self.life.core, self.loaded, self.life.keeper.saved_step) == before
+        self.write(OTHERS[0])  # for the next life
+
+    @rule(steps=STEPS, words=st.sampled_from(OTHERS), at=st.integers(1, 12))
+    def the_disk_fails_during_a_reload(self, steps: int, words: str, at: int) -> None:
+        self.go_on(steps)
+        self.write(words)
+        core = self.life.core
+        with self.broken_disk(at, errno.ENOSPC):
+            result = self.reload()
+        assert (self.life.core is core) == (result != "applied")
+
+    @rule(steps=STEPS, words=st.sampled_from(OTHERS))
+    def the_process_is_killed_during_a_reload(self, steps: int, words: str) -> None:
+        self.go_on(steps)
+        self.write(words)
+        if load(self.root / "policy.yaml", environ={}).digest != self.loaded.digest:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(reload, "failpoint", kill)
+                with pytest.raises(BaseExceptionGroup) as caught:
+                    self.reload()
+            assert caught.group_contains(KilledError)
+        self.die()
+
+    def reload(self) -> str:
+        result, self.loaded = anyio.run(reload_in, self.life, self.loaded)
+        if result == "applied":
+            self.acknowledged = self.life.keeper.sequence
+        assert self.life.keeper._digest == self.loaded.digest
+        return result
 
     @rule(place=st.floats(0, 1, exclude_max=True))
     def the_newest_checkpoint_is_damaged(self, place: float) -> None:
@@ -144,8 +270,9 @@ class Engine(RuleBasedStateMachine):
         assert self.life.keeper.saved_step == int(found[-2].name.removeprefix("ckpt-"))
         self.acknowledged = self.life.keeper.saved_step
 
-    @rule()
-    def a_write_of_the_journal_is_torn(self) -> None:
+    @rule(steps=STEPS)
+    def a_write_of_the_journal_is_torn(self, steps: int) -> None:
+        self.records_come(steps)
         self.life.crash()
         newest = max((self.root / "state").glob("journal-*.log"))
         with newest.open("ab") as file:
@@ -157,7 +284,7 @@ class Engine(RuleBasedStateMachine):
     def live_again(self) -> None:
         self.life.crash()
         self.life.core.joins.close()
-        self.life = Life(self.root / "state", make, batches=BATCHES, save_every=float("inf"))
+        self.life = self.begin_life("state")
         reached = self.life.keeper.sequence + self.life.cutter.replaying
         assert reached >= self.journaled, "what was journaled is not repeated"
         self.note()
@@ -189,7 +316,7 @@ class Engine(RuleBasedStateMachine):
     def the_directory_stays_bounded(self) -> None:
         if hasattr(self, "life"):
             names = os.listdir(self.root / "state")
-            assert len([name for name in names if name.startswith("ckpt-")]) <= 4
+            assert len([name for name in names if name.startswith("ckpt-")]) <= 5
             assert len([name for name in names if name.startswith("journal-")]) <= 16
 
     def teardown(self) -> None:
