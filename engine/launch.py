@@ -32,6 +32,7 @@ from engine.host import choose_device
 from engine.keeper import Keeper, seed_generators
 from engine.methods import derive_seed
 from engine.metrics import Metrics
+from engine.outbox import CountedTransactions
 from engine.policy import Log, Policy
 from engine.policyfile import LoadedPolicy
 from engine.preflight import check
@@ -209,7 +210,7 @@ def _writer(
         form=streams.predictions.format,
         flushed=flushed,
         metrics=metrics,
-        transactions=transactions,
+        transactions=None if transactions is None else CountedTransactions(transactions, metrics),
     )
 
 

@@ -41,6 +41,7 @@ class Families:
         self.clock = clock
         self.registry = CollectorRegistry() if registry is None else registry
         self._declare_streams()
+        self._declare_transactions()
         self._declare_joins()
         self._declare_updates()
         self._declare_quality()
@@ -96,6 +97,16 @@ class Families:
         )
         self.progress = self._gauge("progress_timestamp_seconds", "When a batch was last applied; at first, the start")
         self.progress.set(self.clock.time())
+
+    def _declare_transactions(self) -> None:
+        self.transactions = self._counter(
+            "transactions", "Transactions: committed, or given up to be made again without what is committed", "result"
+        )
+        self.transaction_commit = self._histogram(
+            "transaction_commit_duration_seconds",
+            "Time of a commit, its offsets included; messages are flushed before",
+            SECONDS,
+        )
 
     def _declare_joins(self) -> None:
         self.events = self._counter("events", "Events answered")

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 STAGES = ("predict", "adapt", "join", "learn", "send", "checkpoint")
 RELOADS = ("applied", "rejected", "unchanged")
+TRANSACTIONS = ("committed", "given_up")
 QUEUES = ("input", "output", "deferred")
 
 
@@ -54,6 +55,8 @@ class Metrics(Families):
             self.dead_letters.labels(reason)
         for result in RELOADS:
             self.reloads.labels(result)
+        for result in TRANSACTIONS:
+            self.transactions.labels(result)
         self._levels: dict[Counter, float] = {}
         self._newest: dict[Partition, float] = {}
         self._lagging: set[Partition] = set()
@@ -99,6 +102,15 @@ class Metrics(Families):
     def records_out(self, stream: str, count: int) -> None:
         """Note records handed to a sink."""
         self.records_sent.labels(stream).inc(count)
+
+    def transaction_committed(self, seconds: float) -> None:
+        """Note a transaction whose commit took ``seconds``."""
+        self.transactions.labels("committed").inc()
+        self.transaction_commit.observe(seconds)
+
+    def transaction_given_up(self) -> None:
+        """Note a transaction that failed, or whose commit was not heard of."""
+        self.transactions.labels("given_up").inc()
 
     def dead_letter(self, reason: str) -> None:
         """Note a record that could not be decoded."""

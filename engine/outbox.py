@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import structlog
 
+from engine.metrics import Metrics
 from streams.base import (
     Message,
     Partition,
@@ -206,6 +208,49 @@ class Outbox:
         ]
         self._positions = {p: at for p, at in self._positions.items() if not gone(p, at)}
         self._bytes = _size(self._kept)
+
+
+class CountedTransactions:
+    """Counts how transactions end; implements `streams.base.Transactions` by handing everything on.
+
+    Args:
+        transactions: What makes them.
+        metrics: Where to count.
+    """
+
+    def __init__(self, transactions: Transactions, metrics: Metrics) -> None:
+        self._transactions = transactions
+        self._metrics = metrics
+        self._begun = False
+
+    def open(self) -> Positions:
+        """See `streams.base.Transactions.open`."""
+        return self._transactions.open()
+
+    def begin(self) -> None:
+        """See `streams.base.Transactions.begin`."""
+        self._transactions.begin()
+        self._begun = True
+
+    def commit(
+        self, positions: Mapping[Partition, int], floors: Mapping[Partition, int] | None, timeout: float
+    ) -> None:
+        """See `streams.base.Transactions.commit`."""
+        started = time.perf_counter()
+        self._transactions.commit(positions, floors, timeout)
+        self._begun = False
+        self._metrics.transaction_committed(time.perf_counter() - started)
+
+    def recover(self) -> Positions:
+        """See `streams.base.Transactions.recover`."""
+        if self._begun:  # once, however often this is called until it gets through
+            self._begun = False
+            self._metrics.transaction_given_up()
+        return self._transactions.recover()
+
+    def close(self) -> None:
+        """See `streams.base.Transactions.close`."""
+        self._transactions.close()
 
 
 def _size(kept: Sequence[_Kept]) -> int:

@@ -84,6 +84,8 @@ FROZEN = {
     "adaptd_sample_weight_max": ("gauge", ()),
     "adaptd_source_agreement_ratio": ("gauge", ()),
     "adaptd_stage_duration_seconds": ("histogram", ("stage",)),
+    "adaptd_transactions": ("counter", ("result",)),
+    "adaptd_transaction_commit_duration_seconds": ("histogram", ()),
     "adaptd_unusable_labels": ("counter", ()),
     "adaptd_updates": ("counter", ("kind",)),
     "adaptd_updates_skipped": ("counter", ("kind", "reason")),

@@ -13,6 +13,7 @@ from engine import writer as module
 from engine.core import Answers
 from engine.cutter import Bad
 from engine.metrics import Metrics
+from engine.outbox import CountedTransactions
 from engine.writer import Outgoing, Writer
 from streams.base import Message, Partition, Positions, Record, RefusedMessageError, StreamError, StreamUnavailableError
 from streams.codec import BadRecord, Reason
@@ -114,17 +115,18 @@ class Sink:
     def close(self) -> None: ...
 
 
-def writer_on(cluster: Cluster, largest_letter: int = 10_000) -> Writer:
+def writer_on(cluster: Cluster, largest_letter: int = 10_000, metrics: Metrics | None = None) -> Writer:
     def flushed(positions: Positions, floors: Positions) -> None:
         raise AssertionError("positions are passed on beside the transactions")
 
+    metrics = metrics or Metrics(CollectorRegistry())
     writer = Writer(
         Sink("predictions", cluster),
         Sink("letters", cluster, largest_letter),
         form="json",
         flushed=flushed,
-        metrics=Metrics(CollectorRegistry()),
-        transactions=cluster,
+        metrics=metrics,
+        transactions=CountedTransactions(cluster, metrics),
     )
     writer.open()
     return writer
@@ -193,6 +195,22 @@ def test_whatever_fails_again_and_again_each_answer_becomes_visible_once(
     cluster = Cluster(failing)
     run(writer_on(cluster), story(), monkeypatch, every=int(rng.integers(1, 4)))
     check(cluster)
+
+
+@pytest.mark.parametrize(("call", "after"), [("predictions.send", False), ("commit", False), ("commit", True)])
+def test_transactions_are_counted_by_their_end_and_commits_are_timed(
+    call: str, after: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metrics = Metrics(CollectorRegistry())
+    cluster = Cluster({(call, 1): after, ("recover", 0): False})
+    run(writer_on(cluster, metrics=metrics), [answers(start, 2) for start in range(0, 8, 2)], monkeypatch, every=1)
+
+    def count(name: str, **labels: str) -> float | None:
+        return metrics.registry.get_sample_value(f"adaptd_transaction{name}", labels)
+
+    heard = cluster.calls["commit"] - (call == "commit")
+    assert count("s_total", result="committed") == count("_commit_duration_seconds_count") == heard >= 3
+    assert count("s_total", result="given_up") == 1
 
 
 def test_a_commit_whose_outcome_was_lost_is_not_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
