@@ -34,8 +34,8 @@ def _device(name: str) -> str:
     return name
 
 
-def _no_adaptation() -> AdaptationSpec:
-    return AdaptationSpec.model_validate({"method": "none"})
+def _default_adaptation() -> AdaptationSpec:
+    return AdaptationSpec.model_validate("auto")
 
 
 Pattern = Annotated[str, AfterValidator(_regular_expression)]
@@ -269,7 +269,7 @@ class Policy(Section):
     None means ``time`` where every stream is a file read to its end, and else ``arrival``."""
     batching: Batching = Batching()
     join: Join = Join()
-    adaptation: AdaptationSpec = Field(default_factory=_no_adaptation)
+    adaptation: AdaptationSpec = Field(default_factory=_default_adaptation)
     """How the model adapts without labels."""
     reweighting: tuple[ReweightingSpec, ...] = ()
     """How labelled rows are weighted; the weights of all methods are multiplied."""

@@ -25,7 +25,7 @@ from streams.base import Message, Partition
 from streams.codec import encode_event, encode_feedback
 from streams.kafka import KafkaSettings
 from tests.broker.helpers import LIMIT, AnySink, TopicFactory, fresh_group, named_for
-from tests.crash.zygote import Zygote
+from tests.crash.zygote import Zygote, environment
 
 POLICY = """\
 version: 1
@@ -186,7 +186,7 @@ class Process:
                 [sys.executable, "-c", f"{before}\nfrom engine.cli import main\nmain()", *arguments],
                 stdout=log,
                 stderr=log,
-                env={**os.environ, "OMP_NUM_THREADS": "1", **variables},
+                env={**environment(), **variables},
             )
         self.pid = self._program.pid
 

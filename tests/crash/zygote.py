@@ -26,6 +26,13 @@ from typing import Any, NoReturn
 ROOT = Path(__file__).resolve().parents[2]
 
 
+def environment() -> dict[str, str]:
+    """What a daemon finds in its environment: all but what is meant for tests, on one thread."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("ADAPTD_")} | {
+        "OMP_NUM_THREADS": "1"
+    }
+
+
 @dataclass
 class Life:
     """One life of a daemon: a child of the zygote."""
@@ -60,7 +67,7 @@ class Zygote:
             [sys.executable, "-m", "tests.crash.zygote"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+            env=environment() | {"PYTHONPATH": str(ROOT)},
             cwd=ROOT,
         )
         self._buffer = b""

@@ -81,7 +81,7 @@ def test_the_same_policy_loads_with_files_in_place_of_topics(tmp_path: Path) -> 
 
 def test_the_least_policy_has_defaults_for_the_rest(tmp_path: Path) -> None:
     policy = load(write(tmp_path, BASE), environ={}).policy
-    assert policy.adaptation.method == "none"
+    assert policy.adaptation.method == "auto"
     assert policy.streams is None
     assert policy.learns
     assert policy.state == Path("state")

@@ -155,7 +155,7 @@ def test_a_changed_policy_is_in_force_from_the_next_batch_on_with_all_that_was_l
 
 def test_methods_may_come_go_and_be_exchanged(project: Path) -> None:
     async def script(running: Running) -> None:
-        change(project, {"{method: bn, mode: ema, momentum: 0.1}": "{method: tent}", "{method: finite}, ": ""})
+        change(project, {"adaptation: auto": "adaptation: tent", "{method: finite}, ": ""})
         change(project, {"interpolation: {method: linear}\n": "", "gate: {method: flips, budget: 0.01}\n": ""})
         change(project, {"optimizer: adam": "optimizer: sgd", "max_bytes: 256MB": "max_bytes: 1MB"})
         assert await running.reload() == "applied"
