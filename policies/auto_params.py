@@ -3,8 +3,28 @@
 from __future__ import annotations
 
 from pydantic import Field
+from torch import nn
 
 from policies.gradient import GradientParams
+from policies.interfaces import PolicyError
+
+PRIOR_ROWS = 16
+"""What the stream's statistics are worth, in rows, beside those of a batch."""
+
+SLOWEST = 5.0
+"""By how much statistics are learned slower at most."""
+
+BUNCHED = 0.1
+"""Bunching of classes, in units of 1 / K, above which rows of a window do not come independently."""
+
+EVENED = 10
+"""By how much less bunched answers are that a batch's own statistics have evened out over classes."""
+
+COMPARED = 12
+"""Windows over which bunching is measured before it counts, as many more each time that it has counted."""
+
+FIRST_PROBE = 3
+"""Windows of calm until adapting is probed again although nothing calls for it."""
 
 
 class AutoParams(GradientParams):
@@ -40,3 +60,12 @@ class AutoParams(GradientParams):
     common_rate: float = Field(default=0.1, gt=0, lt=1)
     offset_rate: float = Field(default=0.1, ge=0, le=1)
     rest: int = Field(default=16, ge=0)
+
+    def selected(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """Parameters to step; none in a model without normalisation layers."""
+        if not self.every:
+            return {}
+        try:
+            return self.parameters(model)
+        except PolicyError:
+            return {}

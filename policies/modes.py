@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -11,6 +13,19 @@ from torch import Tensor
 from policies.interfaces import State
 
 _log = logging.getLogger(__name__)
+
+
+class Part(Protocol):
+    """A part of a method with a state of its own."""
+
+    def reset(self) -> None:
+        """Forget all."""
+
+    def state_dict(self) -> Any:
+        """The state, not copied."""
+
+    def load_state_dict(self, state: Any) -> None:
+        """Take over a copy of a state."""
 
 
 class Switch:
@@ -104,10 +119,9 @@ class Trials:
         information = torch.special.entr(self._means[:, :-1]).sum(1) - entropy
         return float((information[1] - information[0]) / entropy[1].clamp_min(1e-9))
 
-    @property
-    def worse(self) -> bool:
-        """Whether the way in force is worse."""
-        return self.count >= self._patience and self.loss > self._limit
+    def worse(self, by: float) -> bool:
+        """Whether the way in force lacks more than ``by``; where that is negative, whether it fails to gain as much."""
+        return self.count >= self._patience and self.loss > by
 
     def see(self, ours: Tensor, other: Tensor) -> None:
         """Take in logits ``(n, K)``, all finite, of the same rows: of the way in force, and of the other."""
@@ -137,16 +151,127 @@ class Trials:
         self._means.copy_(state["means"])
 
 
+class Probe:
+    """Whether a first step to another way pays, asked before anything is changed.
+
+    The statistics of one window are measured, then ``rows`` rows are answered as ever and, beside that, with those
+    statistics as well. A row's information is ``d_i = KL(p_i || mean p)``, whose mean is the information of all answers
+    (`Trials`). The differences of both ways, row by row, make Student's paired statistic ``t``. Beyond ``SURE`` it
+    decides; else the rows count in the next probe too, as long as nothing says that the stream has changed.
+
+    Args:
+        rows: Rows of a probe.
+        limit: Gain, in units of the mean entropy of answers, that it takes where caution is called for; else half.
+
+    Attributes:
+        gain: Information gained over the rows that count, in those units.
+        promising: Whether the last probe was half sure that the other way pays.
+    """
+
+    SURE = 1.645
+    """Chance of 5 % that the mean of differences that mean nothing lies beyond, on one side."""
+
+    def __init__(self, rows: int, limit: float) -> None:
+        self._size, self._limit = rows, limit
+        self.reset()
+
+    def reset(self) -> None:
+        """Idle, with no evidence."""
+        self.gain, self.promising = 0.0, False
+        self.idle, self.measuring, self._passed = True, False, 0
+        self._evidence = torch.zeros(4, dtype=torch.float64)
+        """Rows, sum of their differences and of the squares, and sum of the entropies of answers."""
+        self._ours: list[Tensor] = []
+        self._other: list[Tensor] = []
+
+    def begin(self, *, anew: bool = False) -> None:
+        """Ask for a window to be measured; ``anew`` forgets the rows of probes that were not sure."""
+        if anew:
+            self._evidence.zero_()
+        self.idle, self.measuring, self._passed = False, True, 0
+
+    def measured(self) -> None:
+        """A window was measured; rows may be tried."""
+        self.measuring = False
+
+    @property
+    def wanted(self) -> int:
+        """Rows that are still to be tried."""
+        return self._size - sum(map(len, self._ours))
+
+    def choose(self, rows: int) -> slice:
+        """Which of the next so many rows to try: every other one, since neighbours are often of one class."""
+        first = self._passed % 2
+        self._passed += rows
+        return slice(first, first + 2 * self.wanted, 2)
+
+    @property
+    def trying(self) -> bool:
+        """Whether to try rows now."""
+        return not self.idle and not self.measuring and self.wanted > 0
+
+    @property
+    def done(self) -> bool:
+        """Whether it can be decided."""
+        return not self.idle and not self.measuring and self.wanted <= 0
+
+    def see(self, ours: Tensor, other: Tensor) -> None:
+        """Take in logits ``(n, K)``, all finite, of the same rows: of the way in force, and of the other."""
+        self._ours.append(ours.detach().double().softmax(1).cpu())
+        self._other.append(other.detach().double().softmax(1).cpu())
+
+    def decide(self, *, caution: bool) -> bool | None:
+        """Whether the other way pays; None where nothing is sure. The probe is over."""
+        ours, other = torch.cat(self._ours), torch.cat(self._other)
+        self._ours, self._other, self.idle = [], [], True
+        found = _divergences(other) - _divergences(ours)
+        entropies = torch.special.entr(ours).sum()
+        self._evidence += torch.stack([torch.tensor(float(len(found))), found.sum(), found.square().sum(), entropies])
+        rows, total, squares, entropy = self._evidence.tolist()
+        self.gain = total / max(entropy, 1e-9)
+        spread = math.sqrt(max(squares / rows - (total / rows) ** 2, 1e-18))
+        student = total / rows / spread * math.sqrt(rows)
+        self.promising = self.SURE / 2 < student < self.SURE
+        if abs(student) < self.SURE:
+            return None
+        self._evidence.zero_()
+        return student > 0 and self.gain > (self._limit if caution else self._limit / 2)
+
+    def state_dict(self) -> State:
+        """All numbers, and the answers of the probe under way."""
+        counts = [int(self.idle), int(self.measuring), int(self.promising), self._passed]
+        answers = {"ours": list(self._ours), "other": list(self._other)}
+        return {"counts": counts, "gain": self.gain, "evidence": self._evidence} | answers
+
+    def load_state_dict(self, state: State) -> None:
+        """Take over a copy of a state."""
+        self.idle, self.measuring, self.promising = map(bool, state["counts"][:3])
+        self._passed = int(state["counts"][3])
+        self.gain = float(state["gain"])
+        self._evidence.copy_(state["evidence"])
+        self._ours = [part.clone() for part in state["ours"]]
+        self._other = [part.clone() for part in state["other"]]
+
+
+def _divergences(answers: Tensor) -> Tensor:
+    """``KL(p_i || mean p)`` of answers ``(n, K)``."""
+    mean = answers.mean(0).clamp_min(1e-12)
+    return (answers * (answers.clamp_min(1e-12) / mean).log()).sum(1)
+
+
 class Calm:
     """Watches a stream that needs no adapting, by the entropy of the answers and by what the first layer sees.
 
-    Adapting is worth another try where inputs have moved, where the entropy of late is more than ``limit`` times the
-    usual one, and after ``first`` windows in any case, twice as many each time that trying was in vain, up to
+    Adapting is worth another probe where inputs have moved, where the entropy of late is more than ``limit`` times the
+    usual one, and after ``first`` windows in any case, twice as many each time that it was in vain, up to
     ``64 * first``.
 
     Args:
         limit: Rise of the entropy that counts.
-        first: Windows until the first try that nothing calls for.
+        first: Windows until the first probe that nothing calls for.
+
+    Attributes:
+        risen: Whether the last calm was over for a reason.
     """
 
     FAST, SLOW = 0.3, 0.03
@@ -158,10 +283,12 @@ class Calm:
     def reset(self) -> None:
         """Forget all."""
         self._vain = 0
+        self.risen = False
         self.begin()
 
-    def begin(self) -> None:
-        """A calm stretch begins."""
+    def begin(self, *, soon: bool = False) -> None:
+        """A calm stretch begins; ``soon`` where the next probe is wanted as soon as if none had been in vain."""
+        self._vain = 0 if soon else self._vain
         self._windows, self._late, self._usual = 0, 0.0, 0.0
 
     def over(self, entropy: float, moved: bool) -> bool:
@@ -169,7 +296,7 @@ class Calm:
         self._windows += 1
         self._late += max(self.FAST, 1 / self._windows) * (entropy - self._late)
         self._usual += max(self.SLOW, 1 / self._windows) * (entropy - self._usual)
-        risen = moved or (self._windows > 3 and self._late > self._limit * self._usual)
+        self.risen = risen = moved or (self._windows > 3 and self._late > self._limit * self._usual)
         if not risen and self._windows < self._first << min(self._vain, 6):
             return False
         self._vain = 0 if risen else self._vain + 1
@@ -177,9 +304,16 @@ class Calm:
 
     def state_dict(self) -> dict[str, float]:
         """All numbers."""
-        return {"vain": self._vain, "windows": self._windows, "late": self._late, "usual": self._usual}
+        return {
+            "vain": self._vain,
+            "risen": int(self.risen),
+            "windows": self._windows,
+            "late": self._late,
+            "usual": self._usual,
+        }
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
         """Take over a state."""
         self._vain, self._windows = int(state["vain"]), int(state["windows"])
+        self.risen = bool(state["risen"])
         self._late, self._usual = float(state["late"]), float(state["usual"])

@@ -5,15 +5,15 @@ from __future__ import annotations
 import logging
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kernels import softmax_entropy
-from policies.auto_params import AutoParams
+from policies.auto_params import BUNCHED, COMPARED, EVENED, FIRST_PROBE, PRIOR_ROWS, SLOWEST, AutoParams
 from policies.chain import ClassChain
 from policies.gradient import Anchor
-from policies.interfaces import Adaptation, Batch, Context, Outcome, PolicyError, State, StepKind, Verdict, Weights
+from policies.interfaces import Adaptation, Batch, Context, Outcome, State, StepKind, Verdict, Weights
 from policies.memory import fastest
-from policies.modes import Calm, Switch, Trials
+from policies.modes import Calm, Part, Probe, Switch, Trials
 from policies.moments import StreamStatistics
 from policies.norm import only_require_grad
 from policies.optimizers import load_optimizer_state, optimizer_state
@@ -21,24 +21,6 @@ from policies.safeguards.collapse import Collapse
 from policies.streamview import StreamView
 
 _log = logging.getLogger(__name__)
-
-PRIOR_ROWS = 16
-"""What the stream's statistics are worth, in rows, beside those of a batch."""
-
-SLOWEST = 5.0
-"""By how much statistics are learned slower at most."""
-
-BUNCHED = 0.1
-"""Bunching of classes, in units of 1 / K, above which rows of a window do not come independently."""
-
-EVENED = 10
-"""By how much less bunched answers are that a batch's own statistics have evened out over classes."""
-
-COMPARED = 12
-"""Windows over which bunching is measured before it counts, as many more each time that it has counted."""
-
-FIRST_TRY = 64
-"""Windows of calm until adapting is tried although nothing calls for it."""
 
 
 class Auto(Adaptation):
@@ -51,9 +33,9 @@ class Auto(Adaptation):
 
     - ``adapting``: layers normalise with the statistics of the stream, adjusted for classes, and the more balanced over
       classes windows are, with those of the batch: its share is ``share B / (B + 16) max(0, 1 - imbalance / limit)``.
-      Now and then a batch is answered with the source model's statistics too (`policies.modes.Trials`); where those
-      tell more, all goes back to the source model, until the entropy of its answers rises or some time has
-      passed (`policies.modes.Calm`). Auto starts adapting: the first batches decide.
+      Off until a probe on a few rows shows that it pays (`policies.modes.Probe`). From then on now and then a batch is
+      answered with the source model's statistics too (`policies.modes.Trials`); where those tell more, all goes back.
+      Probes grow rare while they speak against it, unless entropy rises or inputs move (`policies.modes.Calm`).
     - ``correlated``: a class stays from one row to the next with probability ``persistence`` at least. Then answers are
       those of the class chain; else the model's.
     - ``imbalanced``: two rows of a window share a class more often than two of the stream do, by ``imbalance``. While
@@ -72,8 +54,8 @@ class Auto(Adaptation):
     without finite logits are left out of it. Models without BatchNorm have no statistics to try: they count as adapting
     while their features have moved from those of the first rows. Models without any normalisation layer take no steps.
 
-    Cost: one forward. While adapting, two sums over each BatchNorm layer's input, one more forward for one batch in 16
-    (two more once steps were made), and one backward for each step.
+    Cost: one forward, and one of 32 rows for a probe. While adapting, two sums over each BatchNorm layer's input, one
+    more forward for one batch in 16 (two more once steps were made), and one backward for each step.
     """
 
     name = "auto"
@@ -84,7 +66,7 @@ class Auto(Adaptation):
     def __init__(self, params: Params, context: Context) -> None:
         super().__init__(params, context)
         self.params = params
-        self._named = _selected(params, context.model)
+        self._named = params.selected(context.model)
         self.adapted = frozenset(self._named)
         self._optimizer = params.built(list(self._named.values())) if self._named else None
         self._statistics = StreamStatistics(
@@ -93,7 +75,8 @@ class Auto(Adaptation):
         self._chain = ClassChain(context.num_classes)
         self._view = StreamView(context, params.window, params.reference, params.moved, own=not len(self._statistics))
         self._trials = Trials(context.num_classes, params.window, params.worse, params.patience + 1)
-        self._calm = Calm(params.risen, FIRST_TRY)
+        self._probe = Probe(params.window // 2, params.worse)
+        self._calm = Calm(params.risen, FIRST_PROBE)
         self._moved = Switch("adapting", params.moved, params.patience)
         self._anchor = Anchor(context, self.adapted)
         self._mixed = Switch("caution with mixed groups", BUNCHED / context.num_classes, params.patience)
@@ -104,7 +87,7 @@ class Auto(Adaptation):
 
     def _start(self) -> None:
         self._floor = Collapse(Collapse.Params(share=1 / 16), self.context)
-        self._moved.on = len(self._statistics) > 0
+        self._probe.begin()
         self._batches = 0
         self._stepped = False
         self._rest = self._falls = 0
@@ -112,6 +95,18 @@ class Auto(Adaptation):
         self._waiting: tuple[Tensor, float] | None = None
         self._graph: Tensor | None = None
         self._publish()
+
+    @property
+    def _parts(self) -> dict[str, Part]:
+        return {
+            "statistics": self._statistics,
+            "chain": self._chain,
+            "view": self._view,
+            "anchor": self._anchor,
+            "trials": self._trials,
+            "probe": self._probe,
+            "calm": self._calm,
+        }
 
     @property
     def _switches(self) -> dict[str, Switch]:
@@ -137,7 +132,15 @@ class Auto(Adaptation):
             logits = self._graph = self._forward(inputs, share, measure=True)
         else:
             logits = self._plain(inputs, share)
+            if self._probing and self._probe.trying:
+                chosen = self._probe.choose(len(batch))
+                if len(inputs[chosen]):
+                    self._try_first(inputs[chosen], logits[chosen])
         return self._answer(batch, inputs, logits.detach())
+
+    @property
+    def _probing(self) -> bool:
+        return len(self._statistics) > 0 and not self._moved.on and not self._rest
 
     def _step_due(self, share: float) -> bool:
         """Whether this batch is to make a step."""
@@ -148,9 +151,18 @@ class Auto(Adaptation):
 
     @torch.no_grad()
     def _plain(self, inputs: Tensor, share: float) -> Tensor:
-        """Logits without gradients; moments are measured while adapting."""
-        with self._statistics.measuring(self._adapting):
+        """Logits without gradients; moments are measured while adapting, and before it may begin."""
+        with self._statistics.measuring(self._adapting or (self._probing and self._probe.measuring)):
             return self._normalised(inputs, share)
+
+    @torch.no_grad()
+    def _try_first(self, inputs: Tensor, answered: Tensor) -> None:
+        """Have the probe see rows, answered by the source model, with the statistics of the stream too."""
+        self._statistics.write(source=False)
+        other = self._normalised(inputs, 0.0)
+        self._statistics.write(source=True)
+        good = answered.isfinite().all(1) & other.isfinite().all(1)
+        self._probe.see(answered[good], other[good])
 
     @torch.no_grad()
     def _try(self, inputs: Tensor, share: float) -> Tensor:
@@ -227,8 +239,12 @@ class Auto(Adaptation):
         outcome = self._step() if self._waiting is not None else None
         if self._fallen:
             self._fall()
-        if self._statistics.learn(self._slowness) and self._adapting:
-            self._statistics.write(source=False)
+        if self._statistics.learn(self._slowness if self._adapting else 1.0):
+            self._probe.measured()
+            if self._adapting:
+                self._statistics.write(source=False)
+        if self._probing and self._probe.done:
+            self._decide()
         if self._view.full:
             self._look()
         return outcome
@@ -257,15 +273,29 @@ class Auto(Adaptation):
         self._imbalanced.see(self._view.imbalance)
         if not len(self._statistics):
             self._moved.see(self._view.feature_distance)
-        elif not self._moved.on and self._calm.over(self._view.entropy, self._view.moved):
-            self._trials.reset()
-            self._view.compare_anew()
-            self._moved.set(True, "it is worth a try")
-        elif self._adapting and self._trials.worse:
+        elif not self._moved.on:
+            if self._probe.idle and self._calm.over(self._view.entropy, self._view.moved):
+                self._probe.begin(anew=self._calm.risen)
+        elif self._adapting and self._trials.worse(by=-self.params.worse if self._mixed.on else self.params.worse):
             self._moved.set(False, f"it costs information: {self._trials.loss:.3g} of the entropy")
             self._settle()
         self._see_bunching()
         self._publish()
+
+    def _decide(self) -> None:
+        """Adapt, where a first step towards the statistics of the stream pays; else go on as before."""
+        pays = self._probe.decide(caution=self._mixed.on)
+        if pays:
+            self._trials.reset()
+            self._view.compare_anew()
+            self._statistics.write(source=False)
+            self._moved.set(True, f"it tells more: {self._probe.gain:.3g} of the entropy")
+            return
+        self._statistics.reset()
+        # Few rows of classes in runs tell little, so that more of them are asked.
+        self._calm.begin(soon=pays is None or self._correlated.on or self._imbalanced.on)
+        if self._probe.promising:
+            self._probe.begin()
 
     def _see_bunching(self) -> None:
         """Take back what single batches taught, where classes are bunched and no chain of them explains it."""
@@ -329,7 +359,7 @@ class Auto(Adaptation):
         super().reset()
         if self._optimizer is not None:
             self._optimizer.state.clear()
-        for part in (self._statistics, self._chain, self._view, self._anchor, self._trials, self._calm):
+        for part in self._parts.values():
             part.reset()
         for switch in self._switches.values():
             switch.reset()
@@ -343,17 +373,11 @@ class Auto(Adaptation):
 
     def state_dict(self) -> State:
         """The state of all parts."""
-        waiting = None if self._waiting is None else {"inputs": self._waiting[0], "share": self._waiting[1]}
-        optimizer = {} if self._optimizer is None else optimizer_state(self._optimizer, self._named)
+        waiting = None if self._waiting is None else dict(zip(("inputs", "share"), self._waiting, strict=True))
         return {
-            "optimizer": optimizer,
-            "statistics": self._statistics.state_dict(),
-            "chain": self._chain.state_dict(),
-            "view": self._view.state_dict(),
+            "optimizer": {} if self._optimizer is None else optimizer_state(self._optimizer, self._named),
             "floor": self._floor.state_dict(),
-            "anchor": self._anchor.state_dict(),
-            "trials": self._trials.state_dict(),
-            "calm": self._calm.state_dict(),
+            "parts": {name: part.state_dict() for name, part in self._parts.items()},
             "switches": {name: switch.state_dict() for name, switch in self._switches.items()},
             "waiting": waiting,
             "counts": [self._batches, self._rest, self._falls, int(self._stepped), int(self._fallen)],
@@ -363,30 +387,14 @@ class Auto(Adaptation):
         """Take over a copy of a state; a batch that waits goes through the model again at the next update."""
         if self._optimizer is not None:
             load_optimizer_state(self._optimizer, self._named, state["optimizer"])
-        self._statistics.load_state_dict(state["statistics"])
-        self._chain.load_state_dict(state["chain"])
-        self._view.load_state_dict(state["view"])
         self._floor.load_state_dict(state["floor"])
-        self._anchor.load_state_dict(state["anchor"])
-        self._trials.load_state_dict(state["trials"])
-        self._calm.load_state_dict(state["calm"])
+        for name, part in self._parts.items():
+            part.load_state_dict(state["parts"][name])
         for name, switch in self._switches.items():
             switch.load_state_dict(state["switches"][name])
-        waiting = state["waiting"]
-        self._graph = None
-        self._waiting = None
-        if waiting is not None:
+        self._graph = self._waiting = None
+        if (waiting := state["waiting"]) is not None:
             self._waiting = (fastest(waiting["inputs"].to(self.context.device)), float(waiting["share"]))
         self._batches, self._rest, self._falls, stepped, fallen = map(int, state["counts"])
         self._stepped, self._fallen = bool(stepped), bool(fallen)
         self._publish()
-
-
-def _selected(params: AutoParams, model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters to step; none in a model without normalisation layers."""
-    if not params.every:
-        return {}
-    try:
-        return params.parameters(model)
-    except PolicyError:
-        return {}
