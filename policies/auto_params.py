@@ -33,6 +33,9 @@ class AutoParams(GradientParams):
     Attributes:
         window: Rows between two looks at the stream.
         patience: Looks in a row that it takes to change a switch.
+        sure: Student's t of the information that rows gain from which on adapting begins; 1.645 is passed by chance in
+            5 % of cases.
+        gain: Information, in units of the entropy of answers, that they have to gain; twice as much where groups mix.
         worse: Information that answers lack while adapting, in units of the entropy with the source model's
             statistics, from which on adapting does not pay.
         risen: Rise of the entropy while calm, as a factor, from which on adapting is tried again.
@@ -49,6 +52,8 @@ class AutoParams(GradientParams):
 
     window: int = Field(default=64, ge=2)
     patience: int = Field(default=3, ge=1)
+    sure: float = 1.645
+    gain: float = 0.05
     worse: float = Field(default=0.1, ge=0)
     risen: float = Field(default=1.15, ge=1)
     moved: float = Field(default=0.25, ge=0)

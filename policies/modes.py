@@ -156,23 +156,21 @@ class Probe:
 
     The statistics of one window are measured, then ``rows`` rows are answered as ever and, beside that, with those
     statistics as well. A row's information is ``d_i = KL(p_i || mean p)``, whose mean is the information of all answers
-    (`Trials`). The differences of both ways, row by row, make Student's paired statistic ``t``. Beyond ``SURE`` it
+    (`Trials`). The differences of both ways, row by row, make Student's paired statistic ``t``. Beyond ``sure`` it
     decides; else the rows count in the next probe too, as long as nothing says that the stream has changed.
 
     Args:
         rows: Rows of a probe.
-        limit: Gain, in units of the mean entropy of answers, that it takes where caution is called for; else half.
+        sure: ``t`` from which on it decides; a negative one always speaks for the other way.
+        gain: Gain, in units of the mean entropy of answers, that it takes; twice as much where caution is called for.
 
     Attributes:
         gain: Information gained over the rows that count, in those units.
         promising: Whether the last probe was half sure that the other way pays.
     """
 
-    SURE = 1.645
-    """Chance of 5 % that the mean of differences that mean nothing lies beyond, on one side."""
-
-    def __init__(self, rows: int, limit: float) -> None:
-        self._size, self._limit = rows, limit
+    def __init__(self, rows: int, sure: float, gain: float) -> None:
+        self._size, self._sure, self._least = rows, sure, gain
         self.reset()
 
     def reset(self) -> None:
@@ -231,11 +229,11 @@ class Probe:
         self.gain = total / max(entropy, 1e-9)
         spread = math.sqrt(max(squares / rows - (total / rows) ** 2, 1e-18))
         student = total / rows / spread * math.sqrt(rows)
-        self.promising = self.SURE / 2 < student < self.SURE
-        if abs(student) < self.SURE:
+        self.promising = self._sure / 2 < student < self._sure
+        if abs(student) < self._sure:
             return None
         self._evidence.zero_()
-        return student > 0 and self.gain > (self._limit if caution else self._limit / 2)
+        return student >= self._sure and self.gain > (2 * self._least if caution else self._least)
 
     def state_dict(self) -> State:
         """All numbers, and the answers of the probe under way."""

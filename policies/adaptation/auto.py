@@ -75,7 +75,7 @@ class Auto(Adaptation):
         self._chain = ClassChain(context.num_classes)
         self._view = StreamView(context, params.window, params.reference, params.moved, own=not len(self._statistics))
         self._trials = Trials(context.num_classes, params.window, params.worse, params.patience + 1)
-        self._probe = Probe(params.window // 2, params.worse)
+        self._probe = Probe(params.window // 2, params.sure, params.gain)
         self._calm = Calm(params.risen, FIRST_PROBE)
         self._moved = Switch("adapting", params.moved, params.patience)
         self._anchor = Anchor(context, self.adapted)

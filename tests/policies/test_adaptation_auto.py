@@ -249,18 +249,19 @@ def probed(probe: Probe, ours: Tensor, other: Tensor, *, caution: bool = False) 
 def test_a_probe_decides_only_where_rows_agree_on_what_tells_more() -> None:
     generator = torch.Generator().manual_seed(0)
     logits = 2 * torch.randn(32, 3, generator=generator)
-    assert probed(Probe(32, 0.1), logits, 1.5 * logits) is True
-    assert probed(Probe(32, 0.1), 1.5 * logits, logits) is False
+    assert probed(Probe(32, 1.645, 0.05), logits, 1.5 * logits) is True
+    assert probed(Probe(32, 1.645, 0.05), 1.5 * logits, logits) is False
     noise = 0.1 * torch.randn(16, 3, generator=generator)
     assert (
-        probed(Probe(32, 0.1), logits[:16].repeat(2, 1), logits[:16].repeat(2, 1) + torch.cat([noise, -noise])) is None
+        probed(Probe(32, 1.645, 0.05), logits[:16].repeat(2, 1), logits[:16].repeat(2, 1) + torch.cat([noise, -noise]))
+        is None
     )
 
 
 def test_rows_of_probes_that_were_not_sure_count_in_the_next_one_unless_it_begins_anew() -> None:
     logits = 2 * torch.eye(4)
     mostly = logits * torch.tensor([1.3, 1.2, 1.0, 0.85])[:, None]
-    probe, alone = Probe(4, 0.1), Probe(4, 0.1)
+    probe, alone = Probe(4, 1.645, 0.05), Probe(4, 1.645, 0.05)
     assert probed(probe, logits, mostly) is None
     assert probe.promising
     assert probed(probe, logits, mostly) is True
@@ -270,7 +271,7 @@ def test_rows_of_probes_that_were_not_sure_count_in_the_next_one_unless_it_begin
 
 
 def test_a_probe_tries_every_other_row_across_batches() -> None:
-    probe = Probe(4, 0.1)
+    probe = Probe(4, 1.645, 0.05)
     probe.begin()
     probe.measured()
     rows, tried = torch.arange(12.0)[:, None].repeat(1, 3), []
@@ -284,8 +285,8 @@ def test_a_probe_tries_every_other_row_across_batches() -> None:
 def test_where_groups_come_mixed_a_probe_and_trials_ask_for_a_gain() -> None:
     logits = 2 * torch.randn(32, 3, generator=torch.Generator().manual_seed(0))
     slightly = 1.1 * logits
-    assert probed(Probe(32, 0.1), logits, slightly) is True
-    assert probed(Probe(32, 0.1), logits, slightly, caution=True) is False
+    assert probed(Probe(32, 1.645, 0.05), logits, slightly) is True
+    assert probed(Probe(32, 1.645, 0.05), logits, slightly, caution=True) is False
     trials = Trials(3, 32, 0.1, 1)
     trials.see(slightly, logits)
     assert not trials.worse(0.1)

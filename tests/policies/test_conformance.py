@@ -37,14 +37,35 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "note": [{"instance_aware": False}],
     "cotta": [{"views": 2, "threshold": 1.0, "symmetric": True}],
     "class_bn": [{"window": 10}, {"offset_rate": 0.0, "window": 1}],
-    "auto": [{"window": 12, "patience": 1, "persistence": 0.0, "worse": 9.0, "imbalance": 1.0, "every": 1}],
+    "auto": [
+        {
+            "sure": -1e9,
+            "gain": -1e9,
+            "window": 12,
+            "patience": 1,
+            "persistence": 0.0,
+            "worse": 9.0,
+            "imbalance": 1.0,
+            "every": 1,
+        }
+    ],
     "per_group": [{"of": "class_bn", "params": {"window": 10}, "groups": 2}, {"of": "t3a"}],
     "lame": [{"affinity": "knn"}, {"affinity": "linear", "symmetric": True}],
 }
 """Parameters beside the defaults that are worth the same checks."""
 
 EAGER: dict[str, dict[str, Any]] = {
-    "auto": {"window": 12, "patience": 1, "worse": 9.0, "moved": 0.0, "reference": 16, "imbalance": 1.0, "every": 1},
+    "auto": {
+        "sure": -1e9,
+        "gain": -1e9,
+        "window": 12,
+        "patience": 1,
+        "worse": 9.0,
+        "moved": 0.0,
+        "reference": 16,
+        "imbalance": 1.0,
+        "every": 1,
+    },
     "eta": {"margin": 1.0, "similarity": 1.0},
     "eata": {"margin": 1.0, "similarity": 1.0, "fisher_rows": 40},
     "sar": {"margin": 1.0},
