@@ -13,9 +13,10 @@ from confluent_kafka import Consumer, Message, TopicPartition
 
 from streams.base import Headers, Partition, Record
 
-HELD_RECORDS = 4096
+HELD_RECORDS = 32_768
 HELD_BYTES = 8 * 2**20
-"""How much of a paused topic is held before librdkafka is told to stop fetching it."""
+"""How much of a paused topic is held before librdkafka is told to stop fetching it. It fetches again at half of that,
+which has to last until something comes: a tenth of a second or two."""
 
 _make_record = partial(tuple.__new__, Record)  # what `Record` does, without a Python call for each
 
@@ -36,6 +37,10 @@ def records(messages: Sequence[Message]) -> list[Record]:
         map(_plain, headers) if any(headers) else repeat((), len(messages)),
     )
     return list(map(_make_record, zip(*columns, strict=True)))
+
+
+def _size(part: Collection[Record]) -> int:
+    return sum([len(record.value) for record in part])
 
 
 def _plain(headers: Any) -> Headers:
@@ -59,25 +64,22 @@ class Flow:
 
     def divide(self, came: list[Record]) -> list[Record]:
         """Keep records of paused topics; return the others."""
-        if not self.paused:
-            return came
-        wanted: list[Record] = []
-        for record in came:
-            if record.stream in self.paused:
-                self._held.setdefault(record.stream, deque()).append(record)
-                self._bytes[record.stream] = self._bytes.get(record.stream, 0) + len(record.value)
-            else:
-                wanted.append(record)
-        return wanted
+        streams = {record[0] for record in came} if self.paused else set()
+        kept = streams & self.paused
+        for stream in kept:
+            part = came if len(streams) == 1 else [record for record in came if record[0] == stream]
+            self._held.setdefault(stream, deque()).extend(part)
+            self._bytes[stream] = self._bytes.get(stream, 0) + _size(part)
+        return [record for record in came if record[0] not in kept] if kept else came
 
     def take(self, most: int) -> list[Record]:
         """Return up to ``most`` records that were kept of topics that are not paused any more."""
         taken: list[Record] = []
         for stream, waiting in self._held.items():
             if stream not in self.paused:
-                while waiting and len(taken) < most:
-                    taken.append(waiting.popleft())
-                    self._bytes[stream] -= len(taken[-1].value)
+                part = [waiting.popleft() for _ in range(min(most - len(taken), len(waiting)))]
+                self._bytes[stream] -= _size(part)
+                taken += part
         return taken
 
     def first(self, partition: Partition) -> int | None:
