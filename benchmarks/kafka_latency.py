@@ -59,7 +59,7 @@ def produce(bootstrap: str, topic: str, form: str, count: int, rate: float) -> N
     """Append records at a rate, in small pieces; what is late is made up for."""
     records = Records(form)
     made = [records.data(number) for number in range(count)]
-    send, flush = producer(bootstrap)
+    send, serve, flush = producer(bootstrap)
     started, sent = time.monotonic(), 0
     while sent < count:
         due = min(count, int((time.monotonic() - started) * rate) + 1)
@@ -67,21 +67,29 @@ def produce(bootstrap: str, topic: str, form: str, count: int, rate: float) -> N
             key, value = made[number]
             send(topic, value, key, number // 8 % PARTITIONS)
         sent = due
+        serve(0)
         time.sleep(PIECE_SECONDS)
     flush()
 
 
-def producer(bootstrap: str) -> tuple[Any, Any]:
-    """Functions that send and flush, of the cheapest client there is: the writer must not be what is measured."""
+def producer(bootstrap: str) -> tuple[Any, Any, Any]:
+    """Functions that send, take in reports, and flush.
+
+    They are of the cheapest client there is: the writer must not be what is measured.
+    """
     try:
         from confluent_kafka import Producer
     except ImportError:
         from kafka import KafkaProducer
 
         slow: Any = KafkaProducer(bootstrap_servers=bootstrap, linger_ms=1)
-        return lambda topic, value, key, partition: slow.send(topic, value, key, partition=partition), slow.flush
+
+        def send(topic: str, value: bytes, key: bytes, partition: int) -> None:
+            slow.send(topic, value, key, partition=partition)
+
+        return send, lambda _: None, slow.flush
     fast = Producer({"bootstrap.servers": bootstrap, "linger.ms": 1})
-    return fast.produce, fast.flush
+    return fast.produce, fast.poll, fast.flush
 
 
 if __name__ == "__main__":
