@@ -42,6 +42,8 @@ class AutoParams(GradientParams):
         moved: Distance of features, in deviations, from which on a model without BatchNorm is adapted.
         reference: Rows at the start that those distances are from.
         persistence: Probability of staying from which on classes are correlated.
+        alike: Likeness of rows that follow one another in one class from which on the chain of classes is not trusted:
+            their errors are alike as well then, and the chain would take them for evidence.
         imbalance: Excess of pairs of one class from which on batches are imbalanced.
         share: Largest share of a batch's own statistics.
         every: Batches to a step; 0 makes none.
@@ -59,6 +61,7 @@ class AutoParams(GradientParams):
     moved: float = Field(default=0.25, ge=0)
     reference: int = Field(default=256, ge=2)
     persistence: float = Field(default=0.2, ge=0, le=1)
+    alike: float = Field(default=0.3, ge=0)
     imbalance: float = Field(default=0.1, gt=0, le=1)
     share: float = Field(default=0.8, ge=0, le=1)
     every: int = Field(default=2, ge=0)

@@ -61,6 +61,30 @@ def simpson_excess(classes: Tensor, frequencies: Tensor) -> float:
     return alike - float(frequencies.double().square().sum())
 
 
+def neighbour_distances(rows: Tensor, classes: Tensor) -> tuple[float, float]:
+    """How far rows of one class lie apart that follow one another, and how far any two rows of it do.
+
+    Args:
+        rows: ``(n, D)`` in the order of arrival; each of the ``D`` values counts in units of its own deviation.
+        classes: ``(n,)`` int64.
+
+    Returns:
+        Sums over the pairs that follow one another of their squared distance, and of the mean squared distance in their
+        class. For rows that are independent given their class both have the same expectation.
+    """
+    rows = rows.double() - rows.double().mean(0)
+    rows = rows / rows.square().mean(0).sqrt().clamp_min(1e-9)
+    same = (classes[1:] == classes[:-1]).nonzero().flatten()
+    if not len(same):
+        return 0.0, 0.0
+    counts = torch.bincount(classes).double()
+    sums = rows.new_zeros(len(counts), rows.shape[1]).index_add_(0, classes, rows)
+    squares = rows.new_zeros(len(counts)).index_add_(0, classes, rows.square().sum(1))
+    apart = 2 * (squares - sums.square().sum(1) / counts.clamp_min(1)) / (counts - 1).clamp_min(1)
+    near = (rows[same + 1] - rows[same]).square().sum()
+    return float(near), float(apart[classes[same]].sum())
+
+
 def squared_distance(one: Tensor, other: Tensor) -> float:
     """Unbiased estimate of ``sum_k (p_k - r_k)^2`` from counts ``(K,)`` of draws from ``p`` and from ``r``.
 

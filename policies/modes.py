@@ -74,6 +74,24 @@ class Switch:
         self.on, self.changes, self._streak = bool(state["on"]), int(state["changes"]), int(state["streak"])
 
 
+class Switches(dict[str, Switch]):
+    """Switches by name."""
+
+    def reset(self) -> None:
+        """All off, with no evidence."""
+        for switch in self.values():
+            switch.reset()
+
+    def state_dict(self) -> dict[str, dict[str, int]]:
+        """The state of each."""
+        return {name: switch.state_dict() for name, switch in self.items()}
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, int]]) -> None:
+        """Take over a state."""
+        for name, switch in self.items():
+            switch.load_state_dict(state[name])
+
+
 class Trials:
     """Whether answering in one way is worse than in another, by what both tell of the same rows.
 

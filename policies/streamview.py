@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from policies.auto_params import AutoParams
 from policies.chain import Array
 from policies.detectors import (
     Adwin,
@@ -14,6 +15,7 @@ from policies.detectors import (
     autocorrelation,
     effective_classes,
     entropy_ratio,
+    neighbour_distances,
     simpson_excess,
     squared_distance,
 )
@@ -29,6 +31,12 @@ SLOW = 0.05
 RECENT = 16
 """Windows before the last one that its classes are compared with."""
 
+LOOKED_AT = 256
+"""Values of a row that its neighbour is compared in, spread evenly over it."""
+
+REMEMBERED = 0.9
+"""What distances of neighbours keep of their weight from window to window."""
+
 SETTLING = 6
 """Windows after features moved whose classes are compared with none: answers are still about to settle. Features that
 move again sooner have not come to another place; they move with the classes."""
@@ -39,15 +47,16 @@ class StreamView:
 
     Args:
         context: Of the method.
-        window: Rows of a window; a batch with more of them is one window.
-        reference: Rows at the start whose features later ones are compared with.
-        moved: Distance from which on features given to `add` have moved: what comes is compared with rows from then on.
+        params: Their ``window`` (a batch with more rows is one window), ``reference``, ``alike``, and ``moved``: the
+            distance from which on features given to `add` have moved, and are compared with rows from then on.
         own: Whether to look at the features of the model's classifier, with a reference that stays.
 
     Attributes:
         imbalance: Excess of pairs of one class of late; 1 before the first window, so that caution comes first.
         bunching: How much classes of late change from window to window: the squared distance of their frequencies in a
             window from those in the windows before it; 0 for rows that could as well have come in another order.
+        likeness: How much nearer to one another rows of one class are of late that follow one another than any two rows
+            of it: 0 where rows are independent given their class, 1 where they are copies.
         entropy: Mean entropy of the last window in units of ``ln K``.
         compared: Windows that the bunching is measured over.
         feature_distance: How far features have moved from the reference.
@@ -56,9 +65,8 @@ class StreamView:
         gauges: The last measures by name.
     """
 
-    def __init__(self, context: Context, window: int, reference: int, moved: float, *, own: bool) -> None:
-        self._window, self._classes = window, context.num_classes
-        self._reference, self._limit = reference, moved
+    def __init__(self, context: Context, params: AutoParams, *, own: bool) -> None:
+        self._params, self._classes = params, context.num_classes
         self._features = _features(context) if own else None
         self._series: dict[str, PageHinkley | Adwin | Kswin] = {}
         self.reset()
@@ -75,11 +83,12 @@ class StreamView:
         self.feature_distance = 0.0
         self._shift: FeatureShift | None = None
         self._series = {"entropy_rises": PageHinkley(), "entropy_cuts": Adwin(), "entropy_shifts": Kswin()}
+        self._near = self._apart = 0.0
         self._probabilities: list[Tensor] = []
         self._answers: list[Tensor] = []
-        self.gauges: dict[str, float] = {"imbalance": 1.0, "bunching": 0.0, "feature_distance": 0.0} | dict.fromkeys(
-            self._series, 0.0
-        )
+        self._inputs: list[Tensor] = []
+        self.gauges: dict[str, float] = {"imbalance": 1.0, "bunching": 0.0, "likeness": 0.0, "feature_distance": 0.0}
+        self.gauges |= dict.fromkeys(self._series, 0.0)
 
     def compare_anew(self) -> None:
         """Measure the bunching over windows from now on alone."""
@@ -87,14 +96,26 @@ class StreamView:
         self._recent: list[Tensor] = []
 
     @property
+    def likeness(self) -> float:
+        """See the attributes."""
+        return 1 - self._near / self._apart if self._apart else 0.0
+
+    @property
+    def alike(self) -> bool:
+        """Whether rows are so alike that their errors are too."""
+        return self.likeness >= self._params.alike
+
+    @property
     def full(self) -> bool:
         """Whether there is a window to look at."""
-        return sum(map(len, self._answers)) >= self._window
+        return sum(map(len, self._answers)) >= self._params.window
 
     def add(self, probabilities: Tensor, classes: Tensor, inputs: Tensor, features: Tensor | None) -> None:
         """Take in the model's probabilities ``(B, K)``, the classes ``(B,)`` that were answered, and any features."""
         self._probabilities.append(probabilities.float().cpu())
         self._answers.append(classes.cpu())
+        values = inputs.flatten(1)
+        self._inputs.append(values[:, :: -(-values.shape[1] // LOOKED_AT)].float().cpu())
         if self._features is not None:
             features = self._features.of(inputs, len(classes))
         if features is not None:
@@ -102,18 +123,20 @@ class StreamView:
             self._shift.add(features)
 
     def _new_shift(self, width: int) -> FeatureShift:
-        return FeatureShift(width, reference=self._reference, memory=self._reference // 2)
+        return FeatureShift(width, reference=self._params.reference, memory=self._params.reference // 2)
 
     def look(self, frequencies: Array) -> None:
         """Measure the window, against long-run frequencies ``(K,)`` of classes, and start the next."""
-        probabilities, classes = torch.cat(self._probabilities), torch.cat(self._answers)
-        self._probabilities, self._answers = [], []
+        probabilities, classes, inputs = map(torch.cat, (self._probabilities, self._answers, self._inputs))
+        self._probabilities, self._answers, self._inputs = [], [], []
         usual = torch.from_numpy(frequencies)
         excess = simpson_excess(classes, usual)
         self._windows += 1
         share = max(SMOOTHING, 1 / self._windows)
         self.imbalance += share * (min(max(excess, 0.0), 1.0) - self.imbalance)
         self._see_features()
+        near, apart = neighbour_distances(inputs, classes)
+        self._near, self._apart = REMEMBERED * self._near + near, REMEMBERED * self._apart + apart
         self._compare(torch.bincount(classes, minlength=self._classes).double())
         self.entropy = entropy = entropy_ratio(probabilities)
         for detector in self._series.values():
@@ -122,6 +145,7 @@ class StreamView:
         self.gauges |= {
             "imbalance": self.imbalance,
             "bunching": self.bunching,
+            "likeness": self.likeness,
             "feature_distance": self.feature_distance,
             "effective_classes": effective_classes(probabilities),
             "entropy_ratio": entropy,
@@ -134,7 +158,7 @@ class StreamView:
         if self._shift is None:
             return
         self.feature_distance = self._shift.distance()
-        self.moved = self._features is None and self.feature_distance >= self._limit
+        self.moved = self._features is None and self.feature_distance >= self._params.moved
         if not self.moved:
             return
         if self.steady > SETTLING:
@@ -168,8 +192,10 @@ class StreamView:
             "feature_distance": self.feature_distance,
             "shift": None if self._shift is None else self._shift.state_dict(),
             "series": {name: detector.state_dict() for name, detector in self._series.items()},
+            "distances": [self._near, self._apart],
             "probabilities": list(self._probabilities),
             "answers": list(self._answers),
+            "inputs": list(self._inputs),
         }
 
     def load_state_dict(self, state: State) -> None:
@@ -188,6 +214,8 @@ class StreamView:
             detector.load_state_dict(state["series"][name])
         self._probabilities = [part.clone() for part in state["probabilities"]]
         self._answers = [part.clone() for part in state["answers"]]
+        self._inputs = [part.clone() for part in state["inputs"]]
+        self._near, self._apart = map(float, state["distances"])
 
 
 def _features(context: Context) -> Features | None:

@@ -13,7 +13,7 @@ from policies.chain import ClassChain
 from policies.gradient import Anchor
 from policies.interfaces import Adaptation, Batch, Context, Outcome, State, StepKind, Verdict, Weights
 from policies.memory import fastest
-from policies.modes import Calm, Part, Probe, Switch, Trials
+from policies.modes import Calm, Part, Probe, Switch, Switches, Trials
 from policies.moments import StreamStatistics
 from policies.norm import only_require_grad
 from policies.optimizers import load_optimizer_state, optimizer_state
@@ -41,6 +41,8 @@ class Auto(Adaptation):
     - ``imbalanced``: two rows of a window share a class more often than two of the stream do, by ``imbalance``. While
       not so, and once trials speak for adapting, every ``every``-th batch makes one step that lowers the entropy of its
       answers.
+    - Where neighbours are ``alike`` beyond their class (`policies.detectors.neighbour_distances`), so are their errors,
+      and windows show a stretch, not the stream: nothing of this is done.
 
     The floor: once steps have been made, a sample of rows is answered by the source model too. Where the live model has
     collapsed beside it (`policies.safeguards.collapse`), everything returns to the source model for ``rest`` windows,
@@ -73,7 +75,7 @@ class Auto(Adaptation):
             context, common_rate=params.common_rate, offset_rate=params.offset_rate, window=params.window
         )
         self._chain = ClassChain(context.num_classes)
-        self._view = StreamView(context, params.window, params.reference, params.moved, own=not len(self._statistics))
+        self._view = StreamView(context, params, own=not len(self._statistics))
         self._trials = Trials(context.num_classes, params.window, params.worse, params.patience + 1)
         self._probe = Probe(params.window // 2, params.sure, params.gain)
         self._calm = Calm(params.risen, FIRST_PROBE)
@@ -82,6 +84,9 @@ class Auto(Adaptation):
         self._mixed = Switch("caution with mixed groups", BUNCHED / context.num_classes, params.patience)
         self._correlated = Switch("correction by the class chain", params.persistence, params.patience)
         self._imbalanced = Switch("caution with imbalanced batches", params.imbalance, params.patience)
+        self._switches = Switches(
+            adapting=self._moved, correlated=self._correlated, imbalanced=self._imbalanced, mixed=self._mixed
+        )
         _log.info("adaptation 'auto' finds %d BatchNorm layers, %d parameters", len(self._statistics), len(self._named))
         self._start()
 
@@ -89,9 +94,8 @@ class Auto(Adaptation):
         self._floor = Collapse(Collapse.Params(share=1 / 16), self.context)
         self._probe.begin()
         self._batches = 0
-        self._stepped = False
+        self._stepped = self._fallen = False
         self._rest = self._falls = 0
-        self._fallen = False
         self._waiting: tuple[Tensor, float] | None = None
         self._graph: Tensor | None = None
         self._publish()
@@ -106,15 +110,7 @@ class Auto(Adaptation):
             "trials": self._trials,
             "probe": self._probe,
             "calm": self._calm,
-        }
-
-    @property
-    def _switches(self) -> dict[str, Switch]:
-        return {
-            "adapting": self._moved,
-            "correlated": self._correlated,
-            "imbalanced": self._imbalanced,
-            "mixed": self._mixed,
+            "switches": self._switches,
         }
 
     @property
@@ -140,11 +136,11 @@ class Auto(Adaptation):
 
     @property
     def _probing(self) -> bool:
-        return len(self._statistics) > 0 and not self._moved.on and not self._rest
+        return len(self._statistics) > 0 and not self._moved.on and not self._rest and not self._view.alike
 
     def _step_due(self, share: float) -> bool:
         """Whether this batch is to make a step."""
-        cautious = self._imbalanced.on or self._mixed.on
+        cautious = self._imbalanced.on or self._mixed.on or self._view.alike
         if not self._named or not self._adapting or cautious or self._batches % self.params.every:
             return False
         return not len(self._statistics) or (share > 0 and self._trials.count >= self.params.patience)
@@ -269,13 +265,16 @@ class Auto(Adaptation):
         """Look at the window just full, and change what is to change."""
         self._view.look(self._chain.frequencies)
         self._rest = max(0, self._rest - 1)
-        self._correlated.see(self._chain.stay)
+        self._correlated.see(0.0 if self._view.alike else self._chain.stay)
         self._imbalanced.see(self._view.imbalance)
         if not len(self._statistics):
             self._moved.see(self._view.feature_distance)
         elif not self._moved.on:
             if self._probe.idle and self._calm.over(self._view.entropy, self._view.moved):
                 self._probe.begin(anew=self._calm.risen)
+        elif self._view.alike:
+            self._moved.set(False, f"rows are alike: {self._view.likeness:.3g}")
+            self._settle()
         elif self._adapting and self._trials.worse(by=-self.params.worse if self._mixed.on else self.params.worse):
             self._moved.set(False, f"it costs information: {self._trials.loss:.3g} of the entropy")
             self._settle()
@@ -361,8 +360,6 @@ class Auto(Adaptation):
             self._optimizer.state.clear()
         for part in self._parts.values():
             part.reset()
-        for switch in self._switches.values():
-            switch.reset()
         self._start()
 
     def detach(self) -> None:
@@ -378,7 +375,6 @@ class Auto(Adaptation):
             "optimizer": {} if self._optimizer is None else optimizer_state(self._optimizer, self._named),
             "floor": self._floor.state_dict(),
             "parts": {name: part.state_dict() for name, part in self._parts.items()},
-            "switches": {name: switch.state_dict() for name, switch in self._switches.items()},
             "waiting": waiting,
             "counts": [self._batches, self._rest, self._falls, int(self._stepped), int(self._fallen)],
         }
@@ -390,8 +386,6 @@ class Auto(Adaptation):
         self._floor.load_state_dict(state["floor"])
         for name, part in self._parts.items():
             part.load_state_dict(state["parts"][name])
-        for name, switch in self._switches.items():
-            switch.load_state_dict(state["switches"][name])
         self._graph = self._waiting = None
         if (waiting := state["waiting"]) is not None:
             self._waiting = (fastest(waiting["inputs"].to(self.context.device)), float(waiting["share"]))

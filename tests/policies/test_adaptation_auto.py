@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from policies.auto_params import AutoParams
 from policies.interfaces import Adaptation, Batch
 from policies.modes import Calm, Probe, Switch, Trials
 from policies.safeguards.collapse import Collapse
@@ -125,6 +126,29 @@ def test_classes_in_runs_are_smoothed_and_no_steps_are_made(source: nn.Module) -
     assert method.gauges["persistence"] > 0.5
 
 
+def test_the_chain_is_not_trusted_where_rows_that_follow_one_another_are_alike(source: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(3)
+    rows = 64 * 40
+    classes = torch.randint(CLASSES, (rows,), generator=generator)
+    steps, wandering = torch.randn(rows, 8, generator=generator), torch.zeros(rows, 8)
+    for t in range(1, rows):  # what is wrong with a row is wrong with the next one too
+        wandering[t] = 0.97 * wandering[t - 1] + 0.6 * steps[t]
+    inputs = 0.5 * points(classes, 0.0, generator) + wandering
+
+    def batches() -> Iterator[tuple[Batch, Tensor]]:
+        for first in range(0, rows, 64):
+            yield batch_of(inputs[first : first + 64], first), classes[first : first + 64]
+
+    trusting = auto(source, alike=2.0, every=0)
+    careful = auto(source, every=0)
+    plainly = errors(plain(source), batches())
+    assert errors(trusting, batches()) > plainly + 0.02
+    assert errors(careful, batches()) < plainly + 0.01
+    assert careful.gauges["likeness"] > 0.3
+    assert trusting.gauges["correlated"] == 1
+    assert careful.gauges["correlated"] == 0
+
+
 def test_modes_are_left_again_when_the_stream_changes_back(source: nn.Module, caplog: pytest.LogCaptureFixture) -> None:
     method = auto(source)
     with caplog.at_level(logging.INFO, logger="policies"):
@@ -140,7 +164,7 @@ def test_modes_are_left_again_when_the_stream_changes_back(source: nn.Module, ca
 
 def looked_at(source: nn.Module, classes: Tensor, inputs: Tensor) -> StreamView:
     """A view of windows of classes ``(n, 64)``, with features ``(n, 64, d)``."""
-    view = StreamView(context_for(source), 64, 256, 0.25, own=False)
+    view = StreamView(context_for(source), AutoParams(), own=False)
     for window, features in zip(classes, inputs, strict=True):
         view.add(torch.full((64, CLASSES), 1 / CLASSES), window, features, features)
         view.look(np.full(CLASSES, 1 / CLASSES))

@@ -18,6 +18,7 @@ from policies.detectors import (
     effective_classes,
     entropy_ratio,
     ks_distance,
+    neighbour_distances,
     simpson_excess,
     squared_distance,
 )
@@ -134,3 +135,23 @@ def test_the_squared_distance_of_two_distributions_is_estimated_without_bias() -
     counts = torch.nn.functional.one_hot(draws, 3).sum(2).double()
     mean = sum(squared_distance(one, other) for one, other in counts) / len(counts)
     assert abs(mean) < 0.01
+
+
+def test_neighbours_of_a_class_are_no_nearer_than_others_unless_rows_wander() -> None:
+    generator = torch.Generator().manual_seed(0)
+    classes = torch.arange(400) // 10 % 4
+    corners, noise = 3 * torch.randn(4, 6, generator=generator), torch.randn(400, 6, generator=generator)
+    near, apart = neighbour_distances(corners[classes] + noise, classes)
+    assert near / apart == pytest.approx(1, abs=0.1)
+    wandering = torch.stack([noise[max(0, t - 20) : t + 1].mean(0) for t in range(400)])
+    near, apart = neighbour_distances(corners[classes] + 5 * wandering, classes)
+    assert near / apart < 0.5
+
+
+def test_neighbours_by_hand() -> None:
+    rows = torch.tensor([[0.0, 7.0], [2.0, 7.0], [9.0, 7.0], [2.0, 7.0]])
+    near, apart = neighbour_distances(rows, torch.tensor([0, 0, 1, 0]))
+    variance = rows[:, 0].var(correction=0).item()
+    assert near == pytest.approx(4 / variance)
+    assert apart == pytest.approx((4 + 4 + 0) / 3 / variance)
+    assert neighbour_distances(rows, torch.arange(4)) == (0.0, 0.0)
