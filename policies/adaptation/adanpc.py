@@ -100,8 +100,9 @@ class AdaNPC(HeadAdaptation):
         """Write rows over the oldest once the memory is full."""
         rows, labels = rows[-self.params.capacity :], labels[-self.params.capacity :]
         room = self.params.capacity - len(self._memory)
-        self._memory = torch.cat([self._memory, rows[:room]])
-        self._classes = torch.cat([self._classes, labels[:room]])
+        if room:
+            self._memory = torch.cat([self._memory, rows[:room]])
+            self._classes = torch.cat([self._classes, labels[:room]])
         rest = len(rows) - min(room, len(rows))
         if rest:
             places = (self._next + torch.arange(rest, device=rows.device)) % self.params.capacity

@@ -89,8 +89,8 @@ class CMF(ROID):
     def load_state_dict(self, state: State) -> None:
         """Take over a copy of a state."""
         super().load_state_dict(state)
-        for name, value in self._hidden.items():
-            value.copy_(state["hidden"][name])
+        for name in self._hidden.keys() & state["hidden"].keys():
+            self._hidden[name].copy_(state["hidden"][name])
         self._variance = float(state["variance"])
 
 

@@ -169,7 +169,7 @@ def heads_of(model: nn.Module, pattern: str, num_classes: int) -> dict[str, nn.L
 def steered(logits: Tensor, gamma: float) -> Tensor:
     """Logarithms ``(B, K)`` of the mixture of the heads' answers ``logits (D, B, K)``."""
     finite = logits.isfinite().all(2)
-    log_p = torch.where(finite[..., None], logits, torch.zeros_like(logits)).log_softmax(2)
+    log_p = torch.where(finite[..., None], logits, torch.zeros_like(logits)).float().log_softmax(2)
     entropy = -(log_p.exp() * log_p).sum(2)
     if gamma < 0:
         least = torch.where(finite, entropy, torch.inf).argmin(0)

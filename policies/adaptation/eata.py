@@ -181,7 +181,7 @@ class EATA(Anchored, ETA):
     def load_state_dict(self, state: State) -> None:
         """Take over a copy of a state."""
         super().load_state_dict(state)
-        for name, value in self._fisher.items():
-            value.copy_(state["fisher"][name])
+        for name in self._fisher.keys() & state["fisher"].keys():
+            self._fisher[name].copy_(state["fisher"][name])
         self._batches, self._rows = int(state["batches"]), int(state["rows"])
         self.gauges["fisher_rows"] = self._rows

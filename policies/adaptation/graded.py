@@ -138,9 +138,9 @@ class GradedReset(RDumb):
             self._forget()
             return Outcome(applied=False, reason=RESTING)
         outcome = super().update()
-        grade = self._grade() if outcome is not None else 0.0
+        grade = self._grade() if outcome is not None and outcome.applied else 0.0
         if grade >= 1:
-            _log.info("graded: reset, answers differ from the source's on %.3g of rows", self.gauges["disagreement"])
+            _log.info("graded: reset; answers differ from the source's on %.3g of rows", self.gauges["disagreement"])
             self._start_over()
         elif grade > 0:
             names = sorted(self._named)

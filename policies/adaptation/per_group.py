@@ -166,6 +166,7 @@ class PerGroup(Adaptation):
             for method in self._held.values()
         ]
         return {
+            "of": self.params.of,
             "names": list(self._held),
             "states": states,
             "due": list(self._due),
@@ -173,8 +174,11 @@ class PerGroup(Adaptation):
         }
 
     def load_state_dict(self, state: State) -> None:
-        """Take over a copy of a state; of more groups than are held now, those used last."""
+        """Take over a copy of a state; of more groups than are held now, those used last; none of another method."""
         self._forget()
+        if state["of"] != self.params.of:
+            _log.warning("adaptation 'per_group' begins afresh: its groups were of %r", state["of"])
+            return
         pairs: Sequence[tuple[str | None, State]] = list(zip(state["names"], state["states"], strict=True))
         for group, held in pairs[-self.params.groups :]:
             method = self._held[group] = self._make()

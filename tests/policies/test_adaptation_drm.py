@@ -80,3 +80,9 @@ def test_heads_that_never_run_are_told_of() -> None:
     method = drm(Idle().eval(), heads=r"heads\.")
     with pytest.raises(PolicyError, match="none of its heads ran"):
         method.adapt(batch_of(torch.zeros(1, 6)))
+
+
+def test_the_surest_rows_of_half_precision_keep_their_answers() -> None:
+    sure = torch.tensor([[[30.0, -30.0]], [[1.0, 0.0]]], dtype=torch.float16)
+    assert steered(sure, 1.0).exp().argmax(1).tolist() == [0]
+    assert steered(sure, 1.0).isfinite().all()

@@ -119,3 +119,12 @@ def test_a_method_that_changes_weights_is_refused(of: str) -> None:
 def test_a_wrong_choice_gets_a_sentence(params: dict[str, Any], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         build("adaptation", "per_group", params, SOURCE)
+
+
+def test_groups_of_another_method_are_not_taken_over(caplog: pytest.LogCaptureFixture) -> None:
+    one, two = made("class_bn", {"window": 6}), made("t3a", {})
+    drive(one, mixed(2))
+    with caplog.at_level(logging.WARNING):
+        two.load_state_dict(carried(one.state_dict()))
+    assert "begins afresh: its groups were of 'class_bn'" in caplog.text
+    assert two.state_dict()["names"] == []
