@@ -154,8 +154,9 @@ class Places:
             StreamError: A start position is gone.
         """
         if member_id := consumer.memberid():
-            # Before the offsets, which are not told while a transaction of ours waits to be ended.
-            self.membership = Membership(consumer.consumer_group_metadata(), member_id)
+            # Before the offsets, which are not told while a transaction of ours waits to be ended. Another is begun
+            # only behind them: what is kept of partitions may turn out to be lost.
+            self.membership = Membership(consumer.consumer_group_metadata(), member_id, placed=False)
         partitions = self.unplaced or ()
         found = look_up(consumer, partitions, group=self._group, member=self._member, timeout=timeout)
         more = bool(self.positions) and not self.kept
@@ -164,6 +165,8 @@ class Places:
             self.hand_over(consumer, lost=True)
             self.membership = membership
         starts = self._kept_starts() if self.kept else self._starts(found)
+        if self.membership is not None:
+            self.membership = self.membership._replace(placed=True)
         self.unplaced = None
         for partition, start in starts.items():
             if start < found[partition].earliest:

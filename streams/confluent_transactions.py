@@ -25,6 +25,8 @@ class Membership(NamedTuple):
     metadata: Any
     """What librdkafka sends with offsets, so that the cluster refuses those of a member that its group has missed."""
     member_id: str
+    placed: bool
+    """Whether everything that we held before, and hold no more, has been let go of: nothing is sent until then."""
 
 
 class ConfluentTransactions(GroupTransactions):
@@ -32,6 +34,10 @@ class ConfluentTransactions(GroupTransactions):
 
     _failures = KafkaException
     _grace = 0.5
+
+    @property
+    def _joined(self) -> bool:
+        return super()._joined and self._member.placed
 
     def _offsets(self, noted: Noted) -> tuple[Any, Any]:
         return offsets_of(noted), self._member.metadata

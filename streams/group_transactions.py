@@ -73,7 +73,7 @@ class GroupTransactions(ABC):
         """Start a transaction, as the member of the group that we are now. Raises as `commit` does."""
         # Before anything is sent: should partitions go to others meanwhile, these metadata are too old to commit.
         self._member = self._metadata()
-        if self._member is None or not self._member.member_id:
+        if not self._joined:
             raise StreamUnavailableError(f"this process has not joined group {self._group}")
         try:
             self._producer.begin_transaction()  # asks nobody
@@ -126,6 +126,11 @@ class GroupTransactions(ABC):
 
     def _initialise(self, producer: Any) -> None:
         self._within(self._client.settings.timeout, producer.init_transactions)
+
+    @property
+    def _joined(self) -> bool:
+        """Whether the group knows us, as far as `begin` was told, and we know what we hold in it."""
+        return self._member is not None and bool(self._member.member_id)
 
     @abstractmethod
     def _offsets(self, noted: Noted) -> tuple[Any, Any]:

@@ -1,0 +1,89 @@
+"""Partitions that are kept through an outage, and when a transaction may be begun again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from confluent_kafka import TopicPartition
+
+from streams import confluent_places
+from streams.base import Found, Partition, Positions, StreamUnavailableError
+from streams.confluent_commits import Commits
+from streams.confluent_places import Places
+from streams.confluent_sink import ConfluentClient
+from streams.confluent_transactions import ConfluentTransactions, Membership
+from streams.kafka_settings import KafkaSettings
+
+P = ("data", 0)
+SETTINGS = KafkaSettings.model_validate({"bootstrap_servers": "localhost:1", "client": "confluent"})
+
+
+class Consumer:
+    """A consumer that its group knows."""
+
+    def memberid(self) -> str:
+        return "m-2"
+
+    def consumer_group_metadata(self) -> str:
+        return "generation 2"
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_: None
+
+
+class Engine:
+    """Notes whether a transaction could be begun while it was asked."""
+
+    def __init__(self, places: Places) -> None:
+        self.places = places
+        self.told: list[tuple[str, bool]] = []
+
+    def may_begin(self) -> bool:
+        client = SimpleNamespace(producer=SimpleNamespace(begin_transaction=lambda: None))
+        try:
+            ConfluentTransactions(cast("ConfluentClient", client), "g", "m", lambda: self.places.membership).begin()
+        except StreamUnavailableError:
+            return False
+        return True
+
+    def look_up(self, *_: object, **__: object) -> dict[Partition, Found]:
+        self.told.append(("look_up", self.may_begin()))
+        return {P: self.found}
+
+    found = Found()
+
+    def assigned(self, found: Mapping[Partition, Found]) -> Positions:
+        self.told.append(("assigned", self.may_begin()))
+        return {}
+
+    def revoked(self, partitions: Sequence[Partition], *, lost: bool) -> None:
+        self.told.append(("lost" if lost else "revoked", self.may_begin()))
+
+
+@pytest.mark.parametrize(
+    ("found", "told"),
+    [
+        (Found(0, 5), ["look_up"]),
+        (Found(0, 7, theirs=True), ["look_up", "lost", "assigned"]),
+    ],
+)
+def test_no_transaction_is_begun_before_it_is_known_which_partitions_are_still_ours(
+    found: Found, told: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places = Places(["data"], Commits(1.0, "m"), group=True, member="m", settings=SETTINGS)
+    engine, consumer = Engine(places), cast("Any", Consumer())
+    engine.found, places.assignment = found, engine
+    monkeypatch.setattr(confluent_places, "look_up", engine.look_up)
+    places.positions[P] = 5
+    places.membership = Membership("generation 1", "m-1", placed=True)
+    assert engine.may_begin()
+    places.keep()
+    places.unplaced = [TopicPartition(*P)]
+    assert not engine.may_begin()
+    places.place(consumer, 1.0)
+    assert engine.told == [(what, False) for what in told]
+    assert engine.may_begin()
+    assert places.membership == Membership("generation 2", "m-2", placed=True)
