@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import structlog
 
-from streams.base import Found, Partition, Positions
+from streams.base import Found, Partition, Positions, StreamError
 
 log = structlog.get_logger("adaptd")
 
@@ -57,6 +57,30 @@ class Holdings:
         self._known: Positions = {}
         """What was committed when a partition came last: by an earlier life of ours it may be more than we have."""
 
+    def check(self, found: Mapping[Partition, Found]) -> None:
+        """Refuse partitions that are given to us while the group does not know any more what is answered of them.
+
+        Raises:
+            StreamError: Answers are committed together with positions, we have worked on one of these partitions, and
+                no position of it is committed.
+        """
+        reached = {p: self._reached(p, at.earliest) for p, at in sorted(found.items()) if at.committed is None}
+        lost = {p: at for p, at in reached.items() if at > found[p].earliest}
+        if self._exact and lost:
+            told = ", ".join(f"{stream}-{number}" for stream, number in lost)
+            commands = ", ".join(f"{stream}:{number} to {at}" for (stream, number), at in lost.items())
+            raise StreamError(
+                f"the group has no offset of {told} any more, though the state directory has worked on it: offsets were"
+                " deleted, or expired, or the group is another one. With delivery: exactly_once they alone say what is"
+                f" answered. Either set them back ({commands} is what the state covers, and all there is after a clean"
+                " stop; after a crash use the offset behind the last answer, as its header adaptd-id tells it), or"
+                " start anew with --fresh, which answers everything again from the first record that is left"
+            )
+
+    def _reached(self, partition: Partition, otherwise: int) -> int:
+        """The furthest position that we remember of a partition."""
+        return max(self.start.get(partition, otherwise), self._parked.get(partition, otherwise))
+
     def begin(self, partition: Partition, found: Found) -> Begin:
         """Decide where to read a partition, by what we remember and by what the source found.
 
@@ -78,7 +102,7 @@ class Holdings:
     def _distrust(self, partition: Partition, found: Found) -> None:
         """Forget a position that we had reached in a transaction that was lost: nobody has seen those answers."""
         out = found.earliest if found.committed is None else found.committed
-        if max(self.start.get(partition, out), self._parked.get(partition, out)) > out:
+        if self._reached(partition, out) > out:
             for remembered in (self.start, self._parked, self._taken):
                 remembered.pop(partition, None)
 

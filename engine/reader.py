@@ -117,7 +117,8 @@ class Reader:
     # -- the source's questions, on the reader's thread ---------------------------------------------------------
 
     def assigned(self, found: Mapping[Partition, Found]) -> Positions:
-        """See `streams.base.Assignment.assigned`."""
+        """See `streams.base.Assignment.assigned`. Raises `StreamError` as `Holdings.check` does."""
+        self._holdings.check(found)
         self.partitions = sorted({*self.partitions, *found})
         self._left -= found.keys()
         committed = {p: at.committed for p, at in found.items() if at.committed is not None}

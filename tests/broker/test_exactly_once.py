@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kafka import KafkaAdminClient
+from kafka import KafkaAdminClient, OffsetAndMetadata, TopicPartition
+from kafka.errors import NoError
 
 from streams.base import Message
 from streams.kafka import KafkaSettings
@@ -279,3 +280,24 @@ def test_partitions_that_are_lost_in_an_open_transaction_are_answered_once_and_t
     send(events, small_events(count, 50))
     settle(settings, topics, count + 50, loser)
     settle(settings, topics, count + 50, heir)
+
+
+def test_a_group_that_has_forgotten_its_offsets_is_refused_until_they_are_set_back(
+    topic: TopicFactory, sink: SinkFactory, settings: KafkaSettings, daemons: Daemons, admin: KafkaAdminClient
+) -> None:
+    topics = Topics.make(topic)
+    events, daemon = sink(topics.data), daemons(topics)
+    send(events, small_events(0, 100))
+    settle(settings, topics, 100, daemon.start(*FLAGS))
+    ((_, error),) = admin.delete_groups([topics.group])
+    assert error is NoError
+    send(events, small_events(100, 50))
+    for _ in range(2):
+        life = daemon.start(*FLAGS)
+        assert life.wait(LIMIT) == 78, life.words
+        last = life.words.strip().splitlines()[-1]
+        assert last.startswith(f"adaptd: the group has no offset of {topics.data}-0 any more"), life.words
+        assert f"({topics.data}:0 to 100 is what" in last
+        assert "--fresh" in last
+    admin.alter_group_offsets(topics.group, {TopicPartition(topics.data, 0): OffsetAndMetadata(100, "", -1)})
+    settle(settings, topics, 150, daemon.start(*FLAGS))

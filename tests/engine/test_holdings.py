@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from engine.holdings import Begin, Holdings, Standing, seen_before
-from streams.base import Found, Positions
+from streams.base import Found, Positions, StreamError
 
 P = ("data", 3)
 
@@ -72,9 +72,27 @@ def test_with_exact_positions_what_was_reached_in_a_lost_transaction_is_done_aga
     assert holdings.begin(P, Found(0, committed)) == Begin(start, start, anew)
 
 
-def test_with_exact_positions_one_that_was_never_committed_is_begun_at_the_beginning() -> None:
-    assert Holdings({P: 10}, {}, exact=True).begin(P, Found(2)) == Begin(2, 2, anew=True)
-    assert Holdings({P: 2}, {}, exact=True).begin(P, Found(2)) == Begin(2, 2, anew=False)
+def test_with_exact_positions_a_group_that_has_forgotten_its_offsets_is_refused_with_the_choices() -> None:
+    holdings = Holdings({P: 10, ("data", 4): 7, ("feedback", 3): 2}, {}, exact=True)
+    holdings.check({P: Found(0, 5), ("data", 4): Found(0, 9)})
+    with pytest.raises(StreamError, match="no offset of data-3, data-4 any more") as told:
+        holdings.check({("feedback", 3): Found(2), ("data", 5): Found(2), ("data", 4): Found(2), P: Found(2)})
+    assert "set them back (data:3 to 10, data:4 to 7 is what" in str(told.value)
+    assert "--fresh" in str(told.value)
+    assert holdings.start[P] == 10
+
+
+def test_with_exact_positions_a_partition_of_which_nothing_was_committed_yet_is_begun_at_the_beginning() -> None:
+    for start in ({}, {P: 2}):
+        holdings = Holdings(start, {}, exact=True)
+        holdings.check({P: Found(2)})
+        assert holdings.begin(P, Found(2)).start == 2
+
+
+def test_where_answers_may_come_again_a_group_that_has_forgotten_its_offsets_costs_nothing() -> None:
+    holdings = Holdings({P: 10}, {})
+    holdings.check({P: Found(2)})
+    assert holdings.begin(P, Found(2)) == Begin(10, 10, anew=False)
 
 
 def test_what_an_earlier_life_had_committed_is_not_taken_for_the_work_of_others() -> None:
