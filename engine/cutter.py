@@ -97,6 +97,11 @@ class Cutter:
         """Partitions whose waiting joins are being made anew, with the position up to which records do that."""
         return self.rebuild.until
 
+    @property
+    def moves(self) -> Sequence[Cut]:
+        """What is to be cut of partitions that came or went."""
+        return tuple(self._moves)
+
     def awaited(self) -> set[Partition]:
         """Partitions of which the journal entries still to repeat name records."""
         entries = [entry for entry in self._replay if entry.kind not in MOVES]

@@ -80,6 +80,8 @@ class Daemon:
         self._compute = CapacityLimiter(1)
         self._learning = CapacityLimiter(1)
         self._threads = CapacityLimiter(8)
+        self.under_way: Sequence[Cut] = ()
+        """What the model's thread applies at present."""
         self._wake = anyio.Event()
         self._leaving = anyio.Event()
         self._job: anyio.Event | None = None
@@ -246,7 +248,9 @@ class Daemon:
         if not cuts:
             return False
         self.state = f"replaying, {self.cutter.replaying} batches left" if self.cutter.replaying else "serving"
+        self.under_way = cuts
         await self.on_model(self.runner.apply, cuts)
+        self.under_way = ()
         self._launch()
         return True
 

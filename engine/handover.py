@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING
 import anyio
 import structlog
 
+from engine.cutter import MOVES, Cut
 from engine.holdings import Standing
 from engine.reader import Chunk
 from engine.writer import Outgoing
-from streams.base import Partition
+from streams.base import Partition, Positions
 from streams.journal import Kind, Run
 
 if TYPE_CHECKING:
@@ -109,8 +110,8 @@ class Handover:
             within: Seconds there are for it.
 
         Returns:
-            Where each of them is to be read on; None where there was not the time for that, so that whoever reads them
-            next begins where they were committed last.
+            Where each of them is to be read on, should it come straight back; None where that is at what was committed
+            last, since answers behind it will be visible to nobody. Others begin there in any case.
 
         Raises:
             StreamUnavailableError: The writer ended before everything was out.
@@ -136,9 +137,20 @@ class Handover:
             log.error("partitions_given_up", partitions=len(partitions), seconds=round(within, 1))
         else:
             log.info("partitions_lost" if lost else "partitions_revoked", partitions=len(partitions))
-        if lost and daemon.writer.transactional:
+        if not closed and daemon.writer.transactional:
             return None  # those answers are visible to nobody; where a partition comes back they are due
-        return standing
+        return standing if standing is not None else self._unfinished(partitions)
+
+    def _unfinished(self, partitions: Sequence[Partition]) -> Standing:
+        """Where partitions will have been brought to once the batches under way are applied, whose answers go out."""
+        daemon, own = self._daemon, set(partitions)
+        positions, taken = dict(daemon.runner.positions), dict(daemon.runner.taken)
+        _follow((*daemon.under_way, *daemon.cutter.moves), positions, taken)
+        return Standing(
+            {p: at for p, at in positions.items() if p in own},
+            {p: at for p, at in taken.items() if p in own},
+            due=False,
+        )
 
     async def _finish(self, partitions: Sequence[Partition], lost: bool, deadline: float) -> Standing | None:
         daemon, runner = self._daemon, self._daemon.runner
@@ -151,8 +163,8 @@ class Handover:
             positions = {p: runner.positions[p] for p in partitions if p in runner.positions}
             taken = {p: runner.taken[p] for p in partitions if p in runner.taken}
             waiting = daemon.core.joins.pending > 0 or daemon.core.joins.early > 0
-            committed = daemon.writer.transactional
-            standing = Standing(positions, taken, runner.floors.of(positions, waiting=waiting), committed)
+            due = not daemon.writer.transactional
+            standing = Standing(positions, taken, runner.floors.of(positions, waiting=waiting), due)
             if not lost:  # the queue is empty
                 await daemon.on_model(daemon.writer.put, Outgoing(gone=partitions))
             if daemon.cutter.awaited() & set(partitions):
@@ -169,6 +181,20 @@ class Handover:
         """
         async with self._daemon.turn:
             await self._daemon.on_model(self._daemon.writer.put, Outgoing(gone=partitions, lost=True))
+
+
+def _follow(cuts: Iterable[Cut], positions: Positions, taken: Positions) -> None:
+    """Bring positions to where they are behind cuts, of which some may be applied already."""
+    for cut in cuts:
+        for run in cut.runs:
+            partition = run.stream, run.partition
+            if cut.kind in MOVES:
+                positions.pop(partition, None)
+                taken.pop(partition, None)
+            if cut.kind is Kind.TAKEN:
+                positions[partition], taken[partition] = run.first, run.end
+            elif cut.kind is not Kind.LEFT:
+                positions[partition] = run.end
 
 
 async def happens(event: anyio.Event, deadline: float) -> bool:

@@ -21,13 +21,13 @@ class Standing:
     taken: Positions = field(default_factory=dict)
     """Positions up to which others had worked when the partitions came."""
     floors: Positions = field(default_factory=dict)
-    committed: bool = False
-    """Whether that is committed already, together with the answers."""
+    due: bool = True
+    """Whether that is to be committed: not where it is already, with the answers, nor where they may not be out."""
 
     @property
     def done(self) -> Positions:
         """The positions that are to be committed: we got beyond where others had been."""
-        return {} if self.committed else {p: at for p, at in self.positions.items() if at > self.taken.get(p, -1)}
+        return {p: at for p, at in self.positions.items() if at > self.taken.get(p, -1)} if self.due else {}
 
 
 class Begin(NamedTuple):

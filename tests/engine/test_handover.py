@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import queue
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import anyio
 import pytest
 
 from engine.build import _member_of
-from engine.cutter import ArrivalCutter, ReplayError
+from engine.cutter import ArrivalCutter, Cut, ReplayError
 from engine.daemon import Daemon
 from engine.errors import StorageError
 from engine.launch import _start
@@ -29,7 +30,7 @@ ZERO, ONE = ("data", 0), ("data", 1)
 
 
 class Shared(MemorySource):
-    """Gets and loses partitions while it is polled, as the member of a group does."""
+    """Gets and loses partitions while it is polled, as the member of a group does; or gets them straight back."""
 
     def __init__(self) -> None:
         super().__init__({"data": 2, "feedback": 2}, bounded=False)
@@ -55,17 +56,16 @@ class Shared(MemorySource):
         assert self._assignment is not None
         while not self._moves.empty():
             how, partitions = self._moves.get()
-            if how == "give":
-                floors = self.floors
-                starts = self._assignment.assigned(
-                    {p: Found(0, self._committed.get(p), p in floors, floors.get(p)) for p in partitions}
-                )
-                self._positions |= {p: starts.get(p, self._committed.get(p, 0)) for p in partitions}
-            else:
-                self._assignment.revoked(partitions, lost=how == "lose")
+            if how != "give":
+                self._assignment.revoked(partitions, lost=how.startswith("lose"))
                 for partition in partitions:
                     self._positions.pop(partition)
-                self._assignment.assigned({})
+            given = () if how in ("take", "lose") else partitions
+            floors = self.floors
+            starts = self._assignment.assigned(
+                {p: Found(0, self._committed.get(p), p in floors, floors.get(p)) for p in given}
+            )
+            self._positions |= {p: starts.get(p, self._committed.get(p, 0)) for p in given}
         return super().poll(max_records, min(timeout, 0.01))
 
 
@@ -431,15 +431,18 @@ async def test_what_waits_of_a_partition_that_another_took_waits_no_more(tmp_pat
         assert daemon.core.joins.counts["moved"] == 10
 
 
+class Stuck(MemorySink):
+    """Flushes nothing while it is stuck."""
+
+    stuck = False
+
+    def flush(self, timeout: float) -> None:
+        if self.stuck:
+            raise StreamUnavailableError("no broker")
+        super().flush(timeout)
+
+
 async def test_partitions_that_cannot_be_finished_with_in_time_are_given_up(tmp_path: Path) -> None:
-    class Stuck(MemorySink):
-        stuck = False
-
-        def flush(self, timeout: float) -> None:
-            if self.stuck:
-                raise StreamUnavailableError("no broker")
-            super().flush(timeout)
-
     source, sink = Shared(), Stuck()
     fill(source, 0, 20)
     source.move("give", ZERO, ONE)
@@ -457,6 +460,61 @@ async def test_partitions_that_cannot_be_finished_with_in_time_are_given_up(tmp_
         daemon.readers[0]._patience = 0.05
         await run(daemon, then(lambda daemon: events(daemon, 20), outage))
     assert source.committed() == {ZERO: 11, ONE: 10}
+
+
+async def test_partitions_that_are_given_up_and_come_straight_back_go_on_where_they_were(tmp_path: Path) -> None:
+    source, sink = Shared(), Stuck()
+    fill(source, 0, 20)
+    source.move("give", ZERO, ONE)
+
+    async def outage(daemon: Daemon) -> None:
+        await until(lambda: source.committed() == {ZERO: 10, ONE: 10})
+        sink.stuck = True
+        fill(source, 20, 2)
+        await events(daemon, 22)
+        source.move("back", ZERO, ONE)
+        fill(source, 22, 2)
+        await until(lambda: daemon.core.counts["events"] >= 24)
+        sink.stuck = False
+        await until(lambda: source.committed() == {ZERO: 12, ONE: 12})
+
+    with daemon_on(tmp_path, source, predictions=sink) as daemon:
+        daemon.readers[0]._patience = 0.05
+        await run(daemon, then(lambda daemon: events(daemon, 20), outage))
+        assert daemon.core.counts["events"] == 24
+    assert sorted(answered(sink)) == sorted(names(0, 24))
+
+
+@pytest.mark.parametrize("lost", [False, True])
+async def test_partitions_that_come_straight_back_while_a_step_lasts_go_on_behind_it(
+    tmp_path: Path, lost: bool
+) -> None:
+    source, sink, go_on = Shared(), MemorySink(), threading.Event()
+    fill(source, 0, 20)
+    source.move("give", ZERO, ONE)
+
+    async def long_step(daemon: Daemon) -> None:
+        await until(lambda: source.committed() == {ZERO: 10, ONE: 10})
+        apply = daemon.runner.apply
+
+        def slow(cuts: Sequence[Cut]) -> None:
+            assert go_on.wait(10)
+            apply(cuts)
+
+        daemon.runner.apply = slow  # type: ignore[method-assign]
+        fill(source, 20, 2)
+        await until(lambda: daemon.under_way)
+        source.move("lose and back" if lost else "back", ZERO, ONE)
+        await until(lambda: daemon.handover.moved)
+        go_on.set()
+        fill(source, 22, 2)
+        await until(lambda: source.committed() == {ZERO: 12, ONE: 12})
+
+    with daemon_on(tmp_path, source, predictions=sink) as daemon:
+        daemon.readers[0]._patience = 0.05
+        await run(daemon, then(lambda daemon: events(daemon, 20), long_step))
+        assert daemon.core.counts["events"] == 24
+    assert sorted(answered(sink)) == sorted(names(0, 24))
 
 
 async def test_a_stream_that_was_made_anew_is_refused(tmp_path: Path) -> None:
