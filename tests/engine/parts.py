@@ -128,6 +128,12 @@ async def until(condition: Callable[[], object]) -> None:
         await anyio.sleep(0.001)
 
 
+def resting(daemon: Daemon) -> bool:
+    """Whether nothing is being done: no batch, no background job, nothing between two of them."""
+    idle = daemon.core.job is None and daemon._job is None and not daemon.turn.locked()
+    return idle and daemon.state == "waiting for records"
+
+
 def errors_of(error: BaseException) -> list[BaseException]:
     """The errors in a group, however deep."""
     if isinstance(error, BaseExceptionGroup):

@@ -18,7 +18,7 @@ from engine.daemon import Daemon
 from engine.errors import PolicyFileError
 from engine.policy import Metrics as MetricsSection
 from streams.memory import MemorySource
-from tests.engine.parts import daemon_on, fill, memory, run, until
+from tests.engine.parts import daemon_on, fill, memory, resting, run, until
 
 Get = Callable[..., Awaitable[tuple[int, dict[str, str], bytes]]]
 
@@ -79,9 +79,14 @@ async def served(directory: Path, source: MemorySource, test: Callable[[Daemon, 
         await run(daemon, beside)
 
 
+async def learned(daemon: Daemon, labels: int) -> None:
+    """Wait until labels are taken in, not only counted, and what they lead to is done."""
+    await until(lambda: daemon.core.counts["feedback"] == labels and resting(daemon))
+
+
 async def test_every_page_answers(tmp_path: Path) -> None:
     async def look(daemon: Daemon, admin: Admin, get: Get) -> None:
-        await until(lambda: daemon.core.counts["feedback"] == 20)
+        await learned(daemon, 20)
         code, headers, body = await get("/metrics")
         assert code == 200
         assert headers["content-type"].startswith("text/plain; version=")
@@ -102,7 +107,7 @@ async def test_every_page_answers(tmp_path: Path) -> None:
 
 async def test_the_status_says_what_the_daemon_is_doing(tmp_path: Path) -> None:
     async def look(daemon: Daemon, admin: Admin, get: Get) -> None:
-        await until(lambda: daemon.core.counts["feedback"] == 20 and daemon.core.job is None)
+        await learned(daemon, 20)
         code, headers, body = await get("/status")
         found: dict[str, Any] = json.loads(body)
         assert (code, headers["content-type"]) == (200, "application/json")
@@ -169,7 +174,7 @@ async def test_it_counts_as_alive_while_it_makes_progress_and_not_by_a_timer(
 
 async def test_a_daemon_that_is_stuck_answers_503(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def look(daemon: Daemon, admin: Admin, get: Get) -> None:
-        await until(lambda: daemon.core.counts["feedback"] == 1)
+        await learned(daemon, 1)
         daemon.readers[0]._given["data"] += 1
         daemon.last_progress = -2 * STUCK_SECONDS
         code, _, body = await get("/livez")

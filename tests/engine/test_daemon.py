@@ -18,6 +18,7 @@ from engine.errors import RestartError, StorageError, UnreachableError
 from engine.keeper import Snapshot
 from engine.learner import Job, Learner
 from engine.status import status
+from engine.writer import QUEUE_BATCHES
 from streams.base import Assignment, Message, Partition, Record, StreamError, StreamUnavailableError
 from streams.journal import Entry, Journal, JournalError
 from streams.memory import MemorySink, MemorySource
@@ -369,7 +370,7 @@ async def test_a_sink_that_stays_away_does_not_keep_the_daemon_from_leaving(
     source = memory(count, bounded=False)
 
     async def stop_when_stuck(daemon: Daemon) -> None:
-        await until(lambda: daemon.writer.waiting_for and (count < 100 or daemon.writer.depth == 32))
+        await until(lambda: daemon.writer.waiting_for and (count < 100 or daemon.writer.depth == QUEUE_BATCHES))
         assert status(daemon)["waiting_for"] == "memory: no broker answers"
         daemon.stop()
 
@@ -415,10 +416,10 @@ async def test_a_slow_sink_pauses_the_source(tmp_path: Path) -> None:
     sink = Slow()
 
     async def watch(daemon: Daemon) -> None:
-        await until(lambda: "data" in daemon.readers[0].paused)
+        told = "paused until the backlog is worked off: data"
+        await until(lambda: daemon.writer.depth == QUEUE_BATCHES and status(daemon)["waiting_for"].startswith(told))
         waiting = daemon.readers[0].waiting(daemon.cutter.taken)
         assert waiting < 2 * (64 + 512)
-        assert status(daemon)["waiting_for"].startswith("paused until the backlog is worked off: data")
         free.set()
 
     with daemon_on(tmp_path, memory(3000), predictions=sink, high=64) as daemon:

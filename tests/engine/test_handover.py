@@ -368,7 +368,8 @@ def label(source: MemorySource, *numbers: int) -> None:
 
 
 async def rebuilt(daemon: Daemon) -> None:
-    await until(lambda: daemon.runner.taken.get(F0) is not None and not daemon.cutter.rebuilding)
+    # The first may hold before the reader has polled, where the journal has told of a rebuild.
+    await until(lambda: not daemon.cutter.rebuilding and daemon.core.joins.pending == 7)
     await until(lambda: daemon.state == "waiting for records")
 
 

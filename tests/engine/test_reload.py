@@ -28,7 +28,7 @@ from engine.learner import Job, Learner
 from engine.policyfile import LoadedPolicy, load
 from engine.reload import Reloader
 from engine.scaffold import EVENTS, LABEL_EVERY, init
-from tests.engine.parts import until
+from tests.engine.parts import resting, until
 from tests.engine.test_policy_invalid import CASES
 
 FOLLOW = {
@@ -90,7 +90,7 @@ def drive(project: Path, script: Callable[[Running], Awaitable[None]], events: i
     def idle(daemon: Daemon) -> bool:
         core = daemon.core
         labelled = core.counts["feedback"] * LABEL_EVERY >= events
-        return core.counts["events"] >= events and labelled and core.job is None
+        return core.counts["events"] >= events and labelled and resting(daemon)
 
     async def beside(daemon: Daemon) -> None:
         with anyio.fail_after(60):
@@ -194,13 +194,16 @@ def test_the_metrics_and_the_status_tell_of_every_reload(project: Path) -> None:
 def test_a_background_job_under_way_is_finished_first(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own, begun, go_on = Learner.run, threading.Event(), threading.Event()
 
-    def run(learner: Learner, job: Job) -> None:
-        begun.set()
-        assert go_on.wait(30)
-        own(learner, job)
-
     async def script(running: Running) -> None:
         daemon, before = running.daemon, running.daemon.core.counts["updates.learning"]
+        serving = daemon.core.learner
+
+        def run(learner: Learner, job: Job) -> None:
+            if learner is serving:  # and not the one that the reload tries the policy with
+                begun.set()
+                assert go_on.wait(30)
+            own(learner, job)
+
         monkeypatch.setattr(Learner, "run", run)
         append_events(project, 64)
         append_labels(project, 64)
@@ -208,7 +211,8 @@ def test_a_background_job_under_way_is_finished_first(project: Path, monkeypatch
         change(project, {"batch_size: 16": "batch_size: 17"})
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(running.reload)
-            await until(lambda: daemon.turn.statistics().tasks_waiting or daemon.turn.locked())
+            await until(lambda: running.reloader._refusal is not None)  # it has the turn, and waits for the job
+            assert daemon.turn.locked()
             assert running.daemon.core.counts["updates.learning"] == before
             go_on.set()
         assert running.count("applied") == 1
