@@ -99,11 +99,9 @@ class Outbox:
             RefusedMessageError: A message cannot be written; none of them is kept.
             StreamError: Another process has taken our place, or the cluster refuses what was sent.
         """
-        fresh = [
-            _Kept(sink, message, record)
-            for message, record in zip(messages, records, strict=True)
-            if not self.lost((record.stream, record.partition))
-        ]
+        fresh = [_Kept(sink, message, record) for message, record in zip(messages, records, strict=True)]
+        if self._lost:
+            fresh = [kept for kept in fresh if not self.lost((kept.record.stream, kept.record.partition))]
         self._kept += fresh
         self._bytes += _size(fresh)
         try:

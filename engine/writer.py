@@ -110,6 +110,9 @@ class Writer:
         self._outbox = None if transactions is None else Outbox(transactions, self._sinks, self._retry)
         self._interval = FLUSH_SECONDS if transactions is None else TRANSACTION_SECONDS
         self.answered: Mapping[Partition, int] = {}
+        self._answered = self.answered
+        self._ahead: Positions = {}
+        """Of `_answered`, what the records written have not come past yet."""
         self.waiting_for = ""
         self.sent = 0
 
@@ -213,7 +216,7 @@ class Writer:
     def _write(self, item: Outgoing) -> None:
         started = time.perf_counter()
         if item.answers is not None and self._predictions is not None:
-            messages, records = self._encode(item.answers)
+            messages, records = self._encode(item.answers, self._answered_of(item))
             failpoint("writer.encoded")
             if messages:
                 self._send(self._predictions, messages, records)
@@ -247,10 +250,25 @@ class Writer:
             if item.lost:
                 self._outbox.found(item.gone)
 
-    def _encode(self, answers: Answers) -> tuple[list[Message], list[Record]]:
-        """Messages for the rows that were not answered before, and their records."""
+    def _answered_of(self, item: Outgoing) -> Positions:
+        """Positions up to which partitions of an item were answered before, where it may hold records before them.
+
+        Offsets go up until partitions are given out anew, and with that `answered` is exchanged, by another thread. So
+        whatever an item has come past is not looked at again.
+        """
+        answered = self.answered
+        if answered is not self._answered:
+            self._answered, self._ahead = answered, dict(answered)
+        done = {p: self._ahead[p] for p in item.positions if p in self._ahead}
+        for partition, at in done.items():
+            if item.positions[partition] >= at:
+                del self._ahead[partition]
+        return done
+
+    def _encode(self, answers: Answers, done: Positions) -> tuple[list[Message], list[Record]]:
+        """Messages for the rows that are not before the positions in ``done``, and their records."""
         events, labels, probabilities = answers.events, answers.labels, answers.probabilities
-        if done := self.answered:  # once: another thread exchanges it
+        if done:
             rows = [
                 i for i, e in enumerate(events) if e.record.offset >= done.get((e.record.stream, e.record.partition), 0)
             ]

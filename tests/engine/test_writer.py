@@ -200,6 +200,21 @@ def test_the_waits_between_attempts_grow_and_what_is_waited_for_is_told(monkeypa
     assert set(told) == {"predictions: no broker answers"}
 
 
+def test_what_was_answered_before_is_looked_at_until_it_is_passed_and_again_once_partitions_come(
+    harness: Harness,
+) -> None:
+    writer, others = harness.writer, {("data", 1): 9}
+    writer.answered = {("data", 0): 2, **others}
+    assert writer._answered_of(answers(0, 1)) == {("data", 0): 2}
+    assert writer._answered_of(answers(1, 3)) == {("data", 0): 2}
+    assert writer._answered_of(answers(4, 3)) == {}
+    writer.answered = {**writer.answered, ("data", 0): 12}
+    writer.put(answers(10, 3))
+    harness.run()
+    assert ids(harness.predictions) == ["e12"]
+    assert writer._ahead == others
+
+
 def test_a_barrier_is_passed_once_everything_before_it_is_flushed(harness: Harness) -> None:
     harness.begin()
     harness.writer.put(answers(0, 2))
@@ -291,5 +306,7 @@ def test_which_rows_were_answered_before_is_looked_up_once_for_a_batch(
 ) -> None:
     told: list[Positions] = [{("data", 0): 1}]
     monkeypatch.setattr(Writer, "answered", property(lambda _: told.pop()), raising=False)
-    (messages, _) = harness.writer._encode(answers(0, 3).answers)  # type: ignore[arg-type]
+    item = answers(0, 3)
+    assert item.answers is not None
+    (messages, _) = harness.writer._encode(item.answers, harness.writer._answered_of(item))
     assert [json.loads(message.value)["id"] for message in messages] == ["e1", "e2"]
