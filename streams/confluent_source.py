@@ -311,6 +311,9 @@ class ConfluentSource(TopicSource):
             self._consumer = self._connect(join=False)
             self._shut_out = now + session_seconds(self.settings) + _SESSION_MARGIN
         time.sleep(min(timeout, _PROBE_INTERVAL))
+        if now < self._next_probe:
+            return ()
+        self._next_probe = now + _PROBE_INTERVAL
         assert self._group is not None
         try:
             others = holders(self.settings, self._group, self._member or "")

@@ -1,19 +1,21 @@
-"""Partitions that are kept through an outage, and when a transaction may be begun again."""
+"""Partitions that are kept through an outage, a name that is not free, and when a transaction may be begun again."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 from confluent_kafka import TopicPartition
 
-from streams import confluent_places
+from streams import confluent_places, confluent_source
 from streams.base import Found, Partition, Positions, StreamUnavailableError
 from streams.confluent_commits import Commits
 from streams.confluent_places import Places
 from streams.confluent_sink import ConfluentClient
+from streams.confluent_source import ConfluentSource
 from streams.confluent_transactions import ConfluentTransactions, Membership
 from streams.kafka_settings import KafkaSettings
 
@@ -87,3 +89,26 @@ def test_no_transaction_is_begun_before_it_is_known_which_partitions_are_still_o
     assert engine.told == [(what, False) for what in told]
     assert engine.may_begin()
     assert places.membership == Membership("generation 2", "m-2", placed=True)
+
+
+def test_whoever_has_been_shut_out_asks_once_a_second_whether_the_name_is_free(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source = ConfluentSource(["data"], SETTINGS, group="g", assignment="group", member="m")
+    now, asked = 100.0, []
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    def holders(*_: object) -> set[str]:
+        asked.append(now)
+        return {"m-1"}
+
+    monkeypatch.setattr(confluent_source, "time", SimpleNamespace(monotonic=lambda: now, sleep=sleep))
+    monkeypatch.setattr(confluent_source, "holders", holders)
+    source._consumer, source.commits.fenced, source._shut_out = cast("Any", Consumer()), True, now + 1000.0
+    for _ in range(50):
+        assert source.poll(10, 0.1) == ()
+    assert 4 <= len(asked) <= 5
+    assert min(after - before for before, after in pairwise(asked)) > 0.9
