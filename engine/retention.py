@@ -23,14 +23,17 @@ class Margin(NamedTuple):
     """Of one partition."""
 
     records: int
-    """Offsets between the first one that is still there and where a restart would read on."""
+    """Offsets between the first one that is still there and the committed one, before which all is answered.
+
+    A restart reads from its last checkpoint on, which lies behind that by what is answered between two checkpoints.
+    """
     seconds: float
     """How long retention needs to get there if it goes on as in the last hour; NaN where it took nothing or all that
     is there has been read."""
 
     @property
     def near(self) -> bool:
-        """Whether retention, taking as much in the next hour as in the last, would take what is not applied yet."""
+        """Whether retention, taking as much in the next hour as in the last, would take what is not answered yet."""
         return self.seconds < WINDOW_SECONDS
 
 

@@ -1,4 +1,4 @@
-"""How near retention comes to what is not applied yet."""
+"""How near retention comes to what is not answered yet."""
 
 import math
 from pathlib import Path
@@ -44,7 +44,7 @@ class Log:
         return self.retention.margins[PLACE]
 
 
-def test_the_margin_is_what_lies_between_the_beginning_and_where_a_restart_reads_on() -> None:
+def test_the_margin_is_what_lies_between_the_beginning_and_what_is_answered() -> None:
     log = Log()
     log.committed_at = 900
     assert log.look(300).records == 600
