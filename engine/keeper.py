@@ -110,7 +110,7 @@ class Keeper:
         for fallback in loaded.fallbacks:
             log.error("checkpoint_passed_over", name=fallback.name, reason=fallback.reason)
         failpoint("restore.loaded")
-        self._apply(loaded, core)
+        self._apply(loaded, core, strict=False)
         failpoint("restore.applied")
         self.sequence = self.saved_step = loaded.step
         self.identities = dict(loaded.meta.get("identities", {}))
@@ -144,15 +144,16 @@ class Keeper:
             if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
                 raise BadCheckpointError(f"{name} holds values that are not finite")
 
-    def _apply(self, loaded: Loaded, core: Core) -> None:
+    def _apply(self, loaded: Loaded, core: Core, *, strict: bool) -> None:
         device = core.host.device
         load_weights(core.host.live, loaded.state("model"))
         core.host.release = _to(loaded.state("release"), device)
         _load_optimizer(core, _to(loaded.state("optimizer"), device))
         policy = loaded.state("policy")
-        unused = core.methods.load_state_dict(_to(policy["methods"], device))
-        if unused:
-            log.warning("method_state_not_used", methods=unused, reason="the policy has changed")
+        unused = core.methods.load_state_dict(_to(policy["methods"], device), strict=strict)
+        for reason in dict.fromkeys(unused.values()):
+            methods = [place for place, why in unused.items() if why == reason]
+            log.warning("method_state_not_used", methods=methods, reason=reason)
         if loaded.manifest.config_digest != self._digest:
             log.warning("policy_changed", step=loaded.step)
         core.audit.load_state_dict(policy["audit"])
@@ -170,12 +171,13 @@ class Keeper:
 
         Raises:
             StorageError: The checkpoint cannot be read back, or holds another model.
+            Exception: A method cannot take over its state. What runs goes on, so nothing need start afresh.
         """
         assert self.saved_step is not None
         assert self.saved_step == self.sequence
         loaded = load_folder(LocalDisk(), self.store.directory / name_of(self.saved_step))
         self._fits(loaded, core)
-        self._apply(loaded, core)
+        self._apply(loaded, core, strict=True)
         self._digest = digest
 
     def append(self, entry: Entry) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
+
+from torch import Tensor
 
 from engine.host import ModelHost
 from policies.interfaces import (
@@ -105,18 +107,48 @@ class Methods:
         """The state of every method by its place (a policy names a method once at most), with its name."""
         return {place: {"name": method.name, "state": method.state_dict()} for place, method in self}
 
-    def load_state_dict(self, state: State) -> list[str]:
+    def load_state_dict(self, state: State, *, strict: bool = False) -> dict[str, str]:
         """Take over states; a method that the policy did not have before starts afresh.
 
+        Args:
+            state: Of this policy's methods, or of another's.
+            strict: Whether to raise what a method raises at a state that does not fit it; else it starts afresh.
+
         Returns:
-            Places whose state was not used because the policy has changed.
+            Places whose state was not used, with the reason.
         """
-        unused = set(state)
+        unused = dict.fromkeys(sorted(state), "the policy has changed")
         for place, method in self:
             if place in state and state[place]["name"] == method.name:
-                method.load_state_dict(state[place]["state"])
-                unused.discard(place)
-        return sorted(unused)
+                del unused[place]
+                problem = _load(method, state[place]["state"], strict)
+                if problem:
+                    unused[place] = (
+                        f"{method.name} cannot take it over, as it is now or with these parameters: {problem}"
+                    )
+        return unused
+
+
+def _load(method: Method, state: State, strict: bool) -> str:
+    """Have a method take over its state, or start afresh; what keeps it from that, empty where nothing does."""
+    fresh = _copied(method.state_dict())
+    try:
+        method.load_state_dict(state)
+    except Exception as error:  # methods may raise anything at a state that they do not know
+        if strict or isinstance(error, MemoryError) or "CUDA" in str(error):  # the last two: no fault of the state
+            raise
+        method.load_state_dict(fresh)
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def _copied(state: Any) -> Any:
+    """The same nesting, sharing no memory with it."""
+    if isinstance(state, Tensor):
+        return state.detach().clone()
+    if isinstance(state, Mapping):
+        return {key: _copied(value) for key, value in state.items()}
+    return [_copied(value) for value in state] if isinstance(state, list | tuple) else state
 
 
 def derive_seed(seed: int, purpose: str) -> int:

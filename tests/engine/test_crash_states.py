@@ -39,7 +39,7 @@ class StateKeeper(Keeper):
         with loaded.open("state.bin") as file:
             assert file.read() == b"state of %d" % loaded.step, "a damaged checkpoint was accepted"
 
-    def _apply(self, loaded: Loaded, core: Core) -> None:
+    def _apply(self, loaded: Loaded, core: Core, *, strict: bool) -> None:
         pass
 
 

@@ -284,8 +284,7 @@ def test_a_method_that_does_not_know_its_old_state_leaves_the_old_policy_running
 ) -> None:
     async def script(running: Running) -> None:
         core = running.daemon.core
-        keeper = running.daemon.runner.keeper
-        monkeypatch.setattr(type(keeper), "_apply", lambda *_: 1 / 0)
+        monkeypatch.setattr(type(core.methods.adaptation), "load_state_dict", lambda *_: 1 / 0)
         change(project, {"lr: 0.01": "lr: 0.02"})
         assert await running.reload() == "rejected"
         assert running.error == "ZeroDivisionError: division by zero"
