@@ -110,7 +110,7 @@ class Writer:
         self._outbox = None if transactions is None else Outbox(transactions, self._sinks, self._retry)
         self._interval = FLUSH_SECONDS if transactions is None else TRANSACTION_SECONDS
         self.answered: Mapping[Partition, int] = {}
-        self._answered = self.answered
+        self._answered: Mapping[Partition, int] = self.answered
         self._ahead: Positions = {}
         """Of `_answered`, what the records written have not come past yet."""
         self.waiting_for = ""
