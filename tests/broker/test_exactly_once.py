@@ -15,11 +15,20 @@ from typing import Any
 
 import pytest
 from kafka import KafkaAdminClient, OffsetAndMetadata, TopicPartition
-from kafka.errors import NoError
 
 from streams.base import Message
 from streams.kafka import KafkaSettings
-from tests.broker.daemons import Daemon, Process, Topics, ends, everything, send, small_events, small_feedback
+from tests.broker.daemons import (
+    Daemon,
+    Process,
+    Topics,
+    committed,
+    ends,
+    everything,
+    send,
+    small_events,
+    small_feedback,
+)
 from tests.broker.helpers import AnySink, SinkFactory, TopicFactory
 from tests.broker.node import Node
 
@@ -289,8 +298,9 @@ def test_a_group_that_has_forgotten_its_offsets_is_refused_until_they_are_set_ba
     events, daemon = sink(topics.data), daemons(topics)
     send(events, small_events(0, 100))
     settle(settings, topics, 100, daemon.start(*FLAGS))
-    ((_, error),) = admin.delete_groups([topics.group])
-    assert error is NoError
+    assert committed(admin, topics.group) == {(topics.data, 0): 100}
+    admin.delete_groups([topics.group])
+    assert committed(admin, topics.group) == {}
     send(events, small_events(100, 50))
     for _ in range(2):
         life = daemon.start(*FLAGS)
