@@ -94,7 +94,8 @@ def test_records_that_retention_takes_while_the_daemon_reads_are_told(
 ) -> None:
     topics = Topics.make(topic)
     send(sink(topics.data), small_events(0, 5000))
-    life = daemons(topics, model=SLOW).start(extra=few_at_once(client))
+    few_held = "from streams import confluent_fetch\nconfluent_fetch.HELD_RECORDS = 64"
+    life = daemons(topics, model=SLOW).start(extra=few_at_once(client), before=few_held)
     life.until(lambda status: status["events"] >= 8)
     admin.delete_records({TopicPartition(topics.data, 0): 5000})
     refused(life, 78, f"of {topics.data}-0 is gone, the earliest is 5000", "retention.ms")
