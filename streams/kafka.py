@@ -13,7 +13,7 @@ from typing import Any
 from kafka import KafkaConsumer, TopicPartition, errors
 
 from streams.base import Assignment, Found, Partition, Positions, Record, StreamError, StreamUnavailableError
-from streams.kafka_client import as_stream_error, check_topics, connect, describe, explain, unreachable
+from streams.kafka_client import as_stream_error, check_topics, connect, describe, explain, shut_out, unreachable
 from streams.kafka_commits import Commits
 from streams.kafka_fetch import beginnings, free_slot, gone, records
 from streams.kafka_note import found_beside
@@ -103,7 +103,7 @@ class KafkaSource(TopicSource):
             StreamError: Reading cannot go on: a position is gone, permission was withdrawn, a record is damaged.
         """
         consumer = self._opened()
-        if self.commits.fenced:
+        if self.commits.fenced or (self._shared and shut_out(consumer)):
             raise self._fenced()
         try:
             if self._unplaced:

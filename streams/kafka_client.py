@@ -220,6 +220,17 @@ def check_topics(client: Any, identities: Mapping[str, str]) -> None:
             )
 
 
+def shut_out(client: Any) -> bool:
+    """Whether heartbeats have heard that another process goes by the name of this member of a group.
+
+    A consumer that hears it so, and not from a commit, ends its heartbeats and waits for records for ever.
+    """
+    coordinator = client._coordinator  # noqa: SLF001
+    with coordinator._lock:  # noqa: SLF001  # heartbeats rest while a member joins, too
+        settled = coordinator.stable() and not coordinator.rejoining and not coordinator.rejoin_needed
+        return settled and not coordinator._heartbeat_enabled  # noqa: SLF001
+
+
 def _largest(admin: Any, topics: Sequence[str]) -> dict[str, int]:
     """``max.message.bytes`` of topics; nothing of those whose settings we may not see or that nobody tells."""
     asked = [ConfigResource(ConfigResourceType.TOPIC, topic, {"max.message.bytes": None}) for topic in topics]

@@ -245,6 +245,25 @@ def test_a_zombie_whose_successor_lives_writes_nothing_and_ends_with_a_sentence(
     settle(settings, topics, count + 50, successor)
 
 
+def test_a_zombie_that_has_nothing_to_do_ends_with_a_sentence_as_well(
+    topic: TopicFactory, sink: SinkFactory, settings: KafkaSettings, daemons: Daemons, tmp_path: Path
+) -> None:
+    topics = Topics.make(topic)
+    events = sink(topics.data)
+    zombie = daemons(topics, "zombie").start(*FLAGS)
+    send(events, small_events(0, 50))
+    until(lambda: once(settings, topics, 50), zombie)
+    zombie.send(signal.SIGSTOP)
+    heir = daemons(topics, "heir")
+    shutil.copytree(tmp_path / "zombie" / "state", tmp_path / "heir" / "state")
+    successor = heir.start(*FLAGS)
+    send(events, small_events(50, 50))
+    until(lambda: once(settings, topics, 100), successor)
+    zombie.send(signal.SIGCONT)
+    assert zombie.wait(LIMIT) == 78
+    assert "its state directory is a copy of this one" in zombie.words
+
+
 LOSSES = {
     "refused by the group": ("send_offsets_to_transaction", 10, True),
     "committed late": ("commit_transaction", 10, False),

@@ -15,7 +15,7 @@ from kafka.cluster import ClusterMetadata
 
 from streams.base import Found, Message, Partition, Positions, StreamError, StreamUnavailableError
 from streams.kafka import KafkaSettings, KafkaSink, KafkaSource
-from streams.kafka_client import as_stream_error, check_topics, connect
+from streams.kafka_client import as_stream_error, check_topics, connect, shut_out
 from streams.kafka_commits import Commits
 from streams.kafka_fetch import free_slot, records
 from streams.kafka_rebalance import HandoverError, HandoverListener, check_together
@@ -403,3 +403,20 @@ def test_settings_that_the_client_refuses_are_told(tmp_path: Path) -> None:
         settings = KafkaSettings.model_validate({"bootstrap_servers": "localhost:1", "timeout": 0.2} | changed)
         with pytest.raises(StreamError, match=sentence):
             connect(KafkaConsumer, settings.consumer_config(group=None))
+
+
+@pytest.mark.parametrize(
+    ("stable", "rejoins", "beats", "shut"),
+    [(True, False, False, True), (True, False, True, False), (True, True, False, False), (False, False, False, False)],
+)
+def test_a_member_whose_heartbeats_ended_though_it_joins_nowhere_is_shut_out(
+    stable: bool, rejoins: bool, beats: bool, shut: bool
+) -> None:
+    coordinator = SimpleNamespace(
+        _lock=threading.RLock(),
+        stable=lambda: stable,
+        rejoining=rejoins,
+        rejoin_needed=rejoins,
+        _heartbeat_enabled=beats,
+    )
+    assert shut_out(SimpleNamespace(_coordinator=coordinator)) is shut
