@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import os
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from kafka import KafkaAdminClient
+from kafka import KafkaAdminClient, errors
 from kafka.admin import NewTopic
 
 from streams.clients import source_of
 from streams.kafka import KafkaSettings
 from tests.broker.helpers import (
     CLIENTS,
+    LIMIT,
     AnySink,
     AnySource,
     Keeper,
@@ -85,16 +87,15 @@ def topic(admin: KafkaAdminClient) -> TopicFactory:
 
     def make(partitions: int = 1, name: str = "t", **configs: str) -> str:
         unique = f"{name}-{uuid.uuid4().hex[:12]}"
-        admin.create_topics(
-            [
-                NewTopic(
-                    unique,
-                    partitions,
-                    1,
-                    topic_configs={key.replace("_", "."): value for key, value in configs.items()},
-                )
-            ]
-        )
+        settings = {key.replace("_", "."): value for key, value in configs.items()}
+        deadline = time.monotonic() + LIMIT
+        while True:
+            try:
+                admin.create_topics([NewTopic(unique, partitions, 1, topic_configs=settings)])
+                break
+            except errors.NodeNotReadyError:  # the test before may have killed the broker
+                assert time.monotonic() < deadline, "the broker takes no topics"
+                time.sleep(0.1)
         admin.wait_for_topics([unique])
         return unique
 
