@@ -61,6 +61,7 @@ class SequenceNet(nn.Module):
 
     def __init__(self, steps: int, channels: int, classes: int, width: int = 32) -> None:
         super().__init__()
+        self.width = width
         self.lift = nn.Linear(channels, width)
         self.place = nn.Parameter(0.1 * torch.randn(steps, width))
         self.blocks = nn.Sequential(_Block(width, 4), _Block(width, 4))
@@ -70,6 +71,26 @@ class SequenceNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.head(self.norm(self.blocks(self.lift(x) + self.place)).mean(1))
         return logits
+
+
+class ManyHeads(nn.Module):
+    """What several sources share, with a linear head for each; answers with the mean of their logits.
+
+    Args:
+        body: Gives the features ``(N, width)``.
+        width: Of the features.
+        sources: How many heads.
+        classes: Of the answers.
+    """
+
+    def __init__(self, body: nn.Module, width: int, sources: int, classes: int) -> None:
+        super().__init__()
+        self.body = body
+        self.heads = nn.ModuleList(nn.Linear(width, classes) for _ in range(sources))
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.body(x)
+        return torch.stack([head(features) for head in self.heads]).mean(0)
 
 
 def trained(model: nn.Module, rows: Tensor, labels: Tensor, epochs: int, seed: int, batch_size: int = 128) -> nn.Module:

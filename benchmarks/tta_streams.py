@@ -3,6 +3,7 @@
 ``vision``: corrupted CIFAR-10 images and a ResNet-20, made by ``vision_stream.py`` in the benchmark's folder and kept
 in the folder for temporary files. ``elec`` and ``weather``: the first third of a table trains a perceptron, the
 rest is the stream. ``sequence``: waves of six shapes and a transformer; at test time they come distorted.
+``sequence_heads``: the same, with a head for each of three sources.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 
 from benchmarks.results import one_thread
 from benchmarks.rotta import load_model
-from benchmarks.tta_models import SequenceNet, TableNet, trained
+from benchmarks.tta_models import ManyHeads, SequenceNet, TableNet, trained
 
 Array = NDArray[Any]
 
@@ -51,7 +52,7 @@ class Spec:
     """A stream.
 
     Attributes:
-        kind: ``vision``, ``elec``, ``weather`` or ``sequence``.
+        kind: ``vision``, ``elec``, ``weather``, ``sequence`` or ``sequence_heads``.
         iid: Whether classes come mixed rather than in runs.
         domains: Names of corruptions, one after another.
         severity: Of the corruptions, 1 to 5.
@@ -102,6 +103,7 @@ STREAMS: dict[str, Spec] = {
     "weather": Spec(kind="weather", per_class=100),
     "sequence": Spec(kind="sequence", per_class=100),
     "sequence_iid": Spec(kind="sequence", per_class=100, iid=True),
+    "sequence_heads": Spec(kind="sequence_heads", per_class=100),
 }
 
 
@@ -145,7 +147,7 @@ def load(spec: Spec, bench: Path) -> Stream:
     """A stream, ready to be answered; visits are not repeated in it."""
     if spec.kind == "vision":
         return _vision(spec, bench)
-    if spec.kind == "sequence":
+    if spec.kind.startswith("sequence"):
         return _sequence(spec)
     return _table(spec, bench)
 
@@ -215,6 +217,7 @@ def _table(spec: Spec, bench: Path) -> Stream:
 
 STEPS, CHANNELS, SHAPES = 24, 3, 6
 _DISTORTIONS = ("clean", "noise", "gain", "offset", "held", "gaps")
+_SOURCES = ("clean", "noise", "gain")
 
 
 def waves(labels: Array, rng: np.random.Generator) -> Array:
@@ -260,9 +263,29 @@ def _sequence_model(seed: int) -> nn.Module:
         return trained(SequenceNet(STEPS, CHANNELS, SHAPES), rows, torch.from_numpy(known), 12, seed)
 
 
+@lru_cache
+def _many_headed_model(seed: int) -> nn.Module:
+    """The transformer, trained on all sources, and a head for each that saw its rows alone."""
+    rng = np.random.default_rng((seed, 2))
+    known = rng.integers(SHAPES, size=(len(_SOURCES), 2000))
+    rows = [torch.from_numpy(_distorted(waves(y, rng), how, rng)) for y, how in zip(known, _SOURCES, strict=True)]
+    labels = torch.from_numpy(known)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        body = SequenceNet(STEPS, CHANNELS, SHAPES)
+        trained(body, torch.cat(rows), labels.flatten(), 12, seed)
+        body.head = nn.Identity()
+        model = ManyHeads(body, body.width, len(_SOURCES), SHAPES)
+        for head, own, wanted in zip(model.heads, rows, labels, strict=True):
+            with torch.inference_mode():
+                features = body(own).clone()
+            trained(head, features, wanted, 12, seed)
+    return model.eval()
+
+
 def _sequence(spec: Spec) -> Stream:
     rng = np.random.default_rng(spec.seed)
-    model = _sequence_model(spec.seed)
+    model = _sequence_model(spec.seed) if spec.kind == "sequence" else _many_headed_model(spec.seed)
     parts, labels = [], []
     for how in _DISTORTIONS:
         drawn = np.repeat(np.arange(SHAPES), spec.per_class)

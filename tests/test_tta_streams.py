@@ -6,8 +6,10 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks.tta import divisor
+from benchmarks.tta_models import ManyHeads
 from benchmarks.tta_streams import STREAMS, interleaved, runs, spec_of
 
 
@@ -47,3 +49,12 @@ def test_dear_methods_get_fewer_images_by_powers_of_two() -> None:
     assert [divisor("iid", "tent", share) for share in (1.0, 0.5, 0.1)] == [1, 2, 8]
     assert [divisor("correlated", "tent", share) for share in (0.5, 0.125, 0.06)] == [1, 1, 4]
     assert divisor("iid", "auto", 0.1) == 1
+
+
+def test_a_model_of_many_sources_answers_with_the_mean_of_its_heads() -> None:
+    model = ManyHeads(torch.nn.Identity(), 2, 3, 4)
+    x = torch.randn(5, 2)
+    heads = [head(x) for head in model.heads]
+    torch.testing.assert_close(model(x), (heads[0] + heads[1] + heads[2]) / 3)
+    assert len(heads) == 3
+    assert all(head.shape == (5, 4) for head in heads)
