@@ -1,7 +1,7 @@
 """Any order of records, checkpoints, crashes and faults: what the engine promises holds after every step.
 
 The model beside it is small: how many records of each stream were applied, and what a run that nothing happened to
-has answered and counted after as many journal entries.
+has answered, counted and audited after as many journal entries.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import cast
+from typing import Any, NamedTuple, cast
 
 import anyio
 import pytest
@@ -55,6 +55,9 @@ STEPS = st.integers(0, 6)
 BROKEN = ("every: soon", "every: 60s}\nmodle: {", "every: 60s}\nseed: 7\n#{", "every: 60s}\ngate: {method: gone")
 
 
+AuditState = tuple[int, list[list[int]], bytes]
+
+
 class KilledError(BaseException):
     """Stands for SIGKILL: nothing that handles exceptions handles it."""
 
@@ -64,8 +67,19 @@ def kill(_: str) -> None:
     raise KilledError
 
 
-async def reload_in(life: Life, loaded: LoadedPolicy) -> tuple[str, LoadedPolicy]:
-    """Have the reloader of a daemon around a life read the policy again; what became of it, and the one in force."""
+class Reloaded(NamedTuple):
+    """What became of a reload."""
+
+    result: str
+    error: str | None
+    loaded: LoadedPolicy
+    """The policy in force."""
+    failures: float
+    """Checkpoints that could not be written meanwhile."""
+
+
+async def reload_in(life: Life, loaded: LoadedPolicy) -> Reloaded:
+    """Have the reloader of a daemon around a life read the policy again."""
     async with anyio.create_task_group() as tasks:
         writer, metrics = cast("Writer", life.answered), Metrics()
         daemon = Daemon(
@@ -79,10 +93,19 @@ async def reload_in(life: Life, loaded: LoadedPolicy) -> tuple[str, LoadedPolicy
         daemon.state, daemon._tasks = "serving", tasks
         assert loaded.path is not None
         read = functools.partial(load, loaded.path, environ={})
-        reloader = reload.Reloader(daemon, loaded, read, lambda _: None, {})
+        shown: dict[str, Any] = {}
+        reloader = reload.Reloader(daemon, loaded, read, lambda _: None, shown)
         result = await reloader.reload("a rule")
     life.core = daemon.core
-    return result, reloader.loaded
+    failures = metrics.registry.get_sample_value("adaptd_checkpoint_failures_total")
+    assert failures is not None
+    return Reloaded(result, shown["reload"]["error"], reloader.loaded, failures)
+
+
+def fold(core: Core) -> tuple[dict[str, int], AuditState]:
+    """What batches made of a core, beside what its answers show."""
+    state = core.audit.state_dict()
+    return dict(core.counts), (state["seen"], state["classes"].tolist(), state["bytes"].numpy().tobytes())
 
 
 class BrokenDisk(LocalDisk):
@@ -125,9 +148,9 @@ class Engine(RuleBasedStateMachine):
         self.acknowledged = 0
         self.write(OTHERS[0])
         self.whole = self.begin_life("whole")
-        self.counts = {0: dict(self.whole.core.counts)}
+        self.folds = {0: fold(self.whole.core)}
         while self.whole.step():
-            self.counts[self.whole.keeper.sequence] = dict(self.whole.core.counts)
+            self.folds[self.whole.keeper.sequence] = fold(self.whole.core)
 
     @initialize()
     def begin(self) -> None:
@@ -213,7 +236,9 @@ class Engine(RuleBasedStateMachine):
         self.go_on(steps)
         self.write(words)
         core, digest = self.life.core, self.loaded.digest
-        assert self.reload() == ("unchanged" if self.loaded.digest == digest else "applied")
+        told = self.reload()
+        assert told.result == ("unchanged" if self.loaded.digest == digest else "applied")
+        assert told.failures == 0, "what is saved already is not saved again"
         if self.loaded.digest != digest:
             assert self.life.core is self.life.runner.core is not core
             assert self.life.keeper.saved_step == self.life.keeper.sequence
@@ -223,7 +248,7 @@ class Engine(RuleBasedStateMachine):
         self.go_on(steps)
         before = self.life.core, self.loaded, self.life.keeper.saved_step
         self.write(words)
-        assert self.reload() == "rejected"
+        assert self.reload().result == "rejected"
         assert (self.life.core, self.loaded, self.life.keeper.saved_step) == before
         self.write(OTHERS[0])  # for the next life
 
@@ -233,8 +258,12 @@ class Engine(RuleBasedStateMachine):
         self.write(words)
         core = self.life.core
         with self.broken_disk(at, errno.ENOSPC):
-            result = self.reload()
-        assert (self.life.core is core) == (result != "applied")
+            told = self.reload()
+        assert (self.life.core is core) == (told.result != "applied")
+        if told.result == "rejected":
+            assert told.error is not None
+            assert "checkpoint to go on from" in told.error
+            assert told.failures == 1
 
     @rule(steps=STEPS, words=st.sampled_from(OTHERS))
     def the_process_is_killed_during_a_reload(self, steps: int, words: str) -> None:
@@ -248,12 +277,13 @@ class Engine(RuleBasedStateMachine):
             assert caught.group_contains(KilledError)
         self.die()
 
-    def reload(self) -> str:
-        result, self.loaded = anyio.run(reload_in, self.life, self.loaded)
-        if result == "applied":
+    def reload(self) -> Reloaded:
+        told = anyio.run(reload_in, self.life, self.loaded)
+        self.loaded = told.loaded
+        if told.result == "applied":
             self.acknowledged = self.life.keeper.sequence
         assert self.life.keeper._digest == self.loaded.digest
-        return result
+        return told
 
     @rule(place=st.floats(0, 1, exclude_max=True))
     def the_newest_checkpoint_is_damaged(self, place: float) -> None:
@@ -297,12 +327,13 @@ class Engine(RuleBasedStateMachine):
 
     @invariant()
     def state_is_the_fold_of_a_prefix(self) -> None:
-        """No record is applied twice or left out: counts are those of an undisturbed run after as many entries."""
+        """No record is applied twice or left out: counts and audit window are those of an undisturbed run after as
+        many entries."""
         if not hasattr(self, "life"):
             return
         at = self.life.keeper.sequence
-        if at in self.counts:
-            assert dict(self.life.core.counts) == self.counts[at]
+        if at in self.folds:
+            assert fold(self.life.core) == self.folds[at]
         applied = self.life.runner.positions.get(("data", 0), 0)
         assert applied == self.life.core.counts["events"]
         assert applied % SIZE == 0
