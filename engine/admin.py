@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,6 +20,7 @@ from engine import __version__
 from engine.daemon import Daemon
 from engine.errors import PolicyFileError
 from engine.status import status
+from streams.seams import CLOCK
 
 STUCK_SECONDS = 60.0
 """Without progress for so long while work waits, the daemon counts as stuck."""
@@ -98,7 +98,7 @@ class Admin:
 
     def alive(self) -> tuple[bool, str]:
         """Whether the daemon makes progress, and if not, what stands still. A timer alone never keeps it alive."""
-        now, daemon = time.monotonic(), self._daemon
+        now, daemon = CLOCK.monotonic(), self._daemon
         if daemon.state.startswith("starting"):
             return True, daemon.state
         for reader in daemon.readers:
@@ -158,7 +158,7 @@ async def _hang_up(server: uvicorn.Server) -> None:
     since: dict[Any, float] = {}
     while True:
         await anyio.sleep(min(1.0, CONNECTION_SECONDS / 4))
-        now = time.monotonic()
+        now = CLOCK.monotonic()
         since = {each: since.get(each, now) for each in server.server_state.connections}
         oldest = sorted(since, key=since.__getitem__)
         for place, connection in enumerate(oldest):

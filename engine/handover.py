@@ -10,7 +10,6 @@ further.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -23,6 +22,7 @@ from engine.reader import Chunk
 from engine.writer import Outgoing
 from streams.base import Partition, Positions
 from streams.journal import Kind, Run
+from streams.seams import CLOCK
 
 if TYPE_CHECKING:
     from engine.daemon import Daemon
@@ -116,7 +116,7 @@ class Handover:
         Raises:
             StreamUnavailableError: The writer ended before everything was out.
         """
-        daemon, deadline = self._daemon, time.monotonic() + within
+        daemon, deadline = self._daemon, CLOCK.monotonic() + within
         if lost:
             daemon.writer.lose(partitions)
         daemon.cutter.revoked(partitions)
@@ -158,7 +158,7 @@ class Handover:
         with anyio.CancelScope(shield=True):  # what has begun to change is changed to the end
             if moves:
                 await daemon.on_model(runner.apply, moves)
-            if not lost and not await daemon.flush(deadline - time.monotonic()):
+            if not lost and not await daemon.flush(deadline - CLOCK.monotonic()):
                 return None
             positions = {p: runner.positions[p] for p in partitions if p in runner.positions}
             taken = {p: runner.taken[p] for p in partitions if p in runner.taken}
@@ -199,6 +199,6 @@ def _follow(cuts: Iterable[Cut], positions: Positions, taken: Positions) -> None
 
 async def happens(event: anyio.Event, deadline: float) -> bool:
     """Wait for an event until the monotonic clock shows ``deadline``; whether it came."""
-    with anyio.move_on_after(deadline - time.monotonic()):
+    with anyio.move_on_after(deadline - CLOCK.monotonic()):
         await event.wait()
     return event.is_set()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-import time
 from typing import TYPE_CHECKING, Any
+
+from streams.seams import CLOCK
 
 if TYPE_CHECKING:
     from engine.daemon import Daemon
@@ -28,7 +29,7 @@ def waiting_for(daemon: Daemon) -> str:
 
 def status(daemon: Daemon) -> dict[str, Any]:
     """What the daemon is doing, as JSON values. Called on the event loop."""
-    core, now = daemon.core, time.monotonic()
+    core, now = daemon.core, CLOCK.monotonic()
     age = None if daemon.saver.saved_at is None else round(now - daemon.saver.saved_at, 1)
     return {
         "state": daemon.state,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import threading
-import time
 import uuid
 from base64 import urlsafe_b64decode
 from collections.abc import Callable, Sequence
@@ -18,6 +17,7 @@ from streams.base import StreamError, StreamUnavailableError
 from streams.confluent_config import Config, admin_config
 from streams.kafka_client import Topic, check_certificates
 from streams.kafka_settings import KafkaSettings
+from streams.seams import CLOCK
 
 Made = TypeVar("Made")
 
@@ -122,7 +122,7 @@ class Watch:
         with self._lock:
             if error.code() == KafkaError._ALL_BROKERS_DOWN:  # noqa: SLF001
                 self.down = True
-                self.down_at = time.monotonic()
+                self.down_at = CLOCK.monotonic()
             elif self.cause is None or self.cause.code() not in FORBIDDEN:
                 self.cause = error
 
@@ -131,7 +131,7 @@ class Watch:
         if self.down or self.cause is not None:
             with self._lock:
                 if self.down:
-                    self.down_at = time.monotonic()
+                    self.down_at = CLOCK.monotonic()
                 self.down, self.cause = False, None
 
     def told(self) -> str:
@@ -179,7 +179,7 @@ def describe(settings: KafkaSettings, topics: Sequence[str], *, limits: bool = F
 
 def _metadata(admin: AdminClient, topic: str, watch: Watch, settings: KafkaSettings) -> Any:
     """Ask for a topic in short steps: librdkafka goes on trying with a password that was refused."""
-    deadline = time.monotonic() + settings.timeout
+    deadline = CLOCK.monotonic() + settings.timeout
     while True:
         try:
             return admin.list_topics(topic, timeout=min(0.5, settings.timeout))
@@ -188,7 +188,7 @@ def _metadata(admin: AdminClient, topic: str, watch: Watch, settings: KafkaSetti
             cause = watch.cause
             if cause is not None and cause.code() in FORBIDDEN:
                 raise as_stream_error(cause, f"connecting to {settings.servers}") from error
-            if time.monotonic() < deadline:
+            if CLOCK.monotonic() < deadline:
                 continue
             if error_of(error).code() in _SILENT:
                 raise no_broker(settings, watch) from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 
 from confluent_kafka import Consumer, TopicPartition
@@ -16,6 +15,7 @@ from streams.confluent_transactions import Membership
 from streams.kafka_fetch import gone
 from streams.kafka_rebalance import check_together
 from streams.kafka_settings import KafkaSettings
+from streams.seams import CLOCK
 from streams.topic_source import GROWTH_INTERVAL, PLACING_TIMEOUT
 
 ECHO = 60.0
@@ -68,7 +68,7 @@ class Places:
         self._member = member
         self._settings = settings
         self._ends: Positions = {}
-        self._next_look = time.monotonic() + GROWTH_INTERVAL
+        self._next_look = CLOCK.monotonic() + GROWTH_INTERVAL
 
     def subscribe(self, consumer: Consumer) -> None:
         """Take the partitions that the group gives."""
@@ -91,7 +91,7 @@ class Places:
 
     def echoes(self) -> bool:
         """Whether an outage may explain that the group does not know us."""
-        return self.watch.down or time.monotonic() - self.watch.down_at < ECHO
+        return self.watch.down or CLOCK.monotonic() - self.watch.down_at < ECHO
 
     # -- callbacks, out of a poll -------------------------------------------------------------------------------
 
@@ -126,10 +126,10 @@ class Places:
             if self.positions and self.assignment is not None:
                 self.rebalances += 1
                 patience = self._settings.patience
-                deadline = time.monotonic() + patience
+                deadline = CLOCK.monotonic() + patience
                 self.assignment.revoked(sorted(self.positions), lost=lost)
                 if not lost:
-                    self._commits.finish(consumer, max(deadline - time.monotonic(), 0.2 * patience))
+                    self._commits.finish(consumer, max(deadline - CLOCK.monotonic(), 0.2 * patience))
         except BaseException as error:  # noqa: BLE001
             self.failure = error
         self.let_go()
@@ -195,9 +195,9 @@ class Places:
 
     def look_for_growth(self, consumer: Consumer) -> None:
         """Take partitions that were added to a topic. Raises as `place` does."""
-        if time.monotonic() < self._next_look:
+        if CLOCK.monotonic() < self._next_look:
             return
-        self._next_look = time.monotonic() + GROWTH_INTERVAL
+        self._next_look = CLOCK.monotonic() + GROWTH_INTERVAL
         timeout = min(PLACING_TIMEOUT, self._settings.timeout)
         found = {topic: consumer.list_topics(topic, timeout).topics[topic].partitions for topic in self._topics}
         known = {(topic, n) for topic, numbers in found.items() for n in numbers}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Sequence
 
 from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaException, Message, TopicPartition
@@ -11,6 +10,7 @@ from streams.base import Found, Partition, Positions, StreamError, StreamUnavail
 from streams.confluent_client import error_of
 from streams.kafka_fetch import gone
 from streams.kafka_note import found_beside
+from streams.seams import CLOCK
 
 
 def look_up(
@@ -23,12 +23,12 @@ def look_up(
     """
     if not partitions:
         return {}
-    deadline = time.monotonic() + timeout
+    deadline = CLOCK.monotonic() + timeout
     asked = [TopicPartition(tp.topic, tp.partition, OFFSET_BEGINNING) for tp in partitions]
     found = {(tp.topic, tp.partition): Found(tp.offset) for tp in _checked(consumer.offsets_for_times(asked, timeout))}
     if not group:
         return found
-    left = max(0.1, deadline - time.monotonic())
+    left = max(0.1, deadline - CLOCK.monotonic())
     plain = [TopicPartition(tp.topic, tp.partition) for tp in partitions]
     for tp in _checked(consumer.committed(plain, timeout=left)):
         if tp.offset >= 0:

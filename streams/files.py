@@ -14,6 +14,7 @@ from streams.file_sink import FileSink, open_envelope
 from streams.file_state import FileState, PartitionState
 from streams.framing import SUFFIXES
 from streams.npz import NpzReader, Recorded, recorded
+from streams.seams import CLOCK
 
 __all__ = ["FileSink", "FileSource", "Recorded", "open_envelope", "recorded"]
 
@@ -101,12 +102,12 @@ class FileSource:
         Raises:
             StreamError: A file is damaged, or cannot be read.
         """
-        deadline = time.monotonic() + timeout
+        deadline = CLOCK.monotonic() + timeout
         while True:
             records = self._take(max_records)
             if records or all(reader.ended for reader in self._readers.values()):
                 return records
-            left = deadline - time.monotonic()
+            left = deadline - CLOCK.monotonic()
             if left <= 0:
                 return records
             time.sleep(min(left, _LOOK_EVERY))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
 from streams.base import Found, Partition, Positions
 from streams.kafka_note import Note
+from streams.seams import CLOCK
 
 _RETRY = 1.0
 """Seconds before offsets are committed again that could not be."""
@@ -84,13 +84,13 @@ class GroupCommits(ABC):
         Raises:
             Exception: As the client raises it where it refuses, as for a member that was fenced off.
         """
-        if not self._wanted or time.monotonic() < self._quiet_until:
+        if not self._wanted or CLOCK.monotonic() < self._quiet_until:
             return
         self._wanted = due = self._due()
         if not due:
             return
         # The client tells with a later poll how it went. Should it ever not, committing goes on after this deadline.
-        self._quiet_until = time.monotonic() + 2 * self._timeout
+        self._quiet_until = CLOCK.monotonic() + 2 * self._timeout
         self._start(consumer, due)
 
     def finish(self, consumer: Any, timeout: float) -> None:
@@ -115,7 +115,7 @@ class GroupCommits(ABC):
         self.last_error = told
         self.trouble = f"offsets cannot be committed ({told})"
         self.fenced = self.fenced or fenced
-        self._quiet_until = time.monotonic() + _RETRY
+        self._quiet_until = CLOCK.monotonic() + _RETRY
 
     def _confirm(self, committed: Noted) -> None:
         self.trouble = ""

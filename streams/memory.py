@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import threading
-import time
 from collections.abc import Mapping, Sequence
 
 from streams.base import Assignment, Found, Headers, Message, Partition, Positions, Record, StreamError
+from streams.seams import CLOCK
 
 
 class MemorySource:
@@ -113,11 +113,11 @@ class MemorySource:
 
         Returns at once when every partition has ended.
         """
-        deadline = time.monotonic() + timeout
+        deadline = CLOCK.monotonic() + timeout
         with self._changed:
             while True:
                 records = self._take(max_records)
-                left = deadline - time.monotonic()
+                left = deadline - CLOCK.monotonic()
                 if records or left <= 0 or len(self.ended()) == len(self._partitions):
                     return records
                 self._changed.wait(left)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, Generic, TypeVar
 
 from streams.base import Message, RefusedMessageError, StreamError
 from streams.kafka_settings import KafkaSettings
+from streams.seams import CLOCK
 from streams.shared_producer import SharedProducer
 
 RECORD_OVERHEAD = 128
@@ -88,7 +88,7 @@ class TopicSink(ABC, Generic[Client]):
         """
         if self._producer is None:
             return
-        deadline = time.monotonic() + self.settings.timeout
+        deadline = CLOCK.monotonic() + self.settings.timeout
         try:
             if self._client.transactional_id is None:
                 with contextlib.suppress(StreamError):
@@ -96,7 +96,7 @@ class TopicSink(ABC, Generic[Client]):
         finally:
             self._forget()
             self._producer = None
-            self._client.release(max(0.0, deadline - time.monotonic()))
+            self._client.release(max(0.0, deadline - CLOCK.monotonic()))
 
     def _not_open(self) -> StreamError:
         return StreamError(f"the sink of topic {self.topic} is not open")

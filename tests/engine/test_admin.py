@@ -153,7 +153,7 @@ async def test_it_counts_as_alive_while_it_makes_progress_and_not_by_a_timer(
     with daemon_on(tmp_path, fill(MemorySource({"data": 1, "feedback": 1}), 0, 20)) as daemon:
         await run(daemon)
         clock = Clock(1e6)
-        monkeypatch.setattr(module, "time", clock)
+        monkeypatch.setattr(module, "CLOCK", clock)
         admin, (reader,) = Admin(daemon, {}), daemon.readers
         daemon.state = "waiting for records"
         daemon.last_progress = reader.last_poll = clock.now

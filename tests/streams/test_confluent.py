@@ -13,7 +13,7 @@ from confluent_kafka import Consumer, KafkaError, KafkaException
 from confluent_kafka import Message as Fetched
 from pydantic import ValidationError
 
-from streams import confluent_sink
+from streams import confluent_sink, group_commits
 from streams.base import Found, Message, Partition, Positions, Record, StreamError, StreamUnavailableError
 from streams.clients import client_of, sink_of, source_of
 from streams.confluent_client import Watch, as_stream_error, as_uuid, make
@@ -271,6 +271,25 @@ def test_a_commit_that_fails_is_counted_and_told() -> None:
     assert "the cluster has not taken the last offsets" in commits.trouble
     commits.done(KafkaError(KafkaError.FENCED_INSTANCE_ID), [])
     assert (commits.failures, commits.fenced) == (2, True)
+
+
+def test_a_commit_that_failed_is_tried_again_a_second_later_and_one_without_a_word_after_its_deadline(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock: Any = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
+    monkeypatch.setattr(group_commits, "CLOCK", clock)
+    commits, group = Commits(timeout=5.0), Group()
+    commits.own({P}, {})
+    commits.want({P: 5}, {})
+
+    def sent(now: float) -> int:
+        clock.now = now
+        commits.send(group)
+        return len(group.sent)
+
+    assert [sent(now) for now in (0.0, 9.9, 10.0, 10.5)] == [1, 1, 2, 2]
+    commits.done(KafkaError(KafkaError.REBALANCE_IN_PROGRESS), [])
+    assert [sent(now) for now in (11.4, 11.5)] == [2, 3]
 
 
 def test_ids_of_topics_read_the_same_through_either_client() -> None:

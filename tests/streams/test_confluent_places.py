@@ -8,16 +8,17 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from confluent_kafka import TopicPartition
+from confluent_kafka import KafkaError, TopicPartition
 
-from streams import confluent_places, confluent_source
+from streams import confluent_client, confluent_places, confluent_source
 from streams.base import Found, Partition, Positions, StreamUnavailableError
 from streams.confluent_commits import Commits
-from streams.confluent_places import Places
+from streams.confluent_places import ECHO, Places
 from streams.confluent_sink import ConfluentClient
 from streams.confluent_source import ConfluentSource
 from streams.confluent_transactions import ConfluentTransactions, Membership
 from streams.kafka_settings import KafkaSettings
+from streams.topic_source import GROWTH_INTERVAL
 
 P = ("data", 0)
 SETTINGS = KafkaSettings.model_validate({"bootstrap_servers": "localhost:1", "client": "confluent"})
@@ -112,3 +113,46 @@ def test_whoever_has_been_shut_out_asks_once_a_second_whether_the_name_is_free(
         assert source.poll(10, 0.1) == ()
     assert 4 <= len(asked) <= 5
     assert min(after - before for before, after in pairwise(asked)) > 0.9
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1e6
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    for module in (confluent_client, confluent_places):
+        monkeypatch.setattr(module, "CLOCK", clock)
+    return clock
+
+
+def test_an_outage_explains_for_a_minute_that_the_group_does_not_know_us(clock: Clock) -> None:
+    places = Places(["data"], Commits(1.0, "m"), group=True, member="m", settings=SETTINGS)
+    assert not places.echoes()
+    places.watch.hear(KafkaError(KafkaError._ALL_BROKERS_DOWN))
+    clock.now += 10 * ECHO
+    assert places.echoes(), "it lasts"
+    places.watch.well()
+    clock.now += ECHO - 1
+    assert places.echoes()
+    clock.now += 1
+    assert not places.echoes()
+
+
+def test_partitions_that_were_added_to_a_topic_are_looked_for_once_in_a_while(clock: Clock) -> None:
+    places, asked = Places(["data"], Commits(1.0), group=False, member="", settings=SETTINGS), []
+
+    def list_topics(topic: str, timeout: float) -> object:
+        asked.append(clock.now)
+        return SimpleNamespace(topics={topic: SimpleNamespace(partitions={0: None})})
+
+    places.positions[P] = 5
+    for _ in range(8):
+        clock.now += GROWTH_INTERVAL / 4
+        places.look_for_growth(cast("Any", SimpleNamespace(list_topics=list_topics)))
+    assert asked == [1e6 + GROWTH_INTERVAL, 1e6 + 2 * GROWTH_INTERVAL]
