@@ -9,6 +9,7 @@ import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -182,9 +183,15 @@ def _daemon(
             exact=writer.transactional,
             patience=policy.streams.kafka.patience if policy.streams.kafka is not None else math.inf,
         )
+        reader.retention.covered = partial(covered, keeper.store)
         readers.append(reader)
     daemon.readers = readers
     return daemon
+
+
+def covered(store: CheckpointStore) -> Positions:
+    """The positions of the newest checkpoint: a restart reads on from there, whatever is committed."""
+    return {(stream, number): at for stream, number, at in store.covered}
 
 
 def _writer(

@@ -74,13 +74,13 @@ class Families:
         )
         self.retention_records = self._gauge(
             "retention_margin_records",
-            "Offsets between the first that a partition still has and the committed one",
+            "Offsets between the first that a partition still has and where a restart would read on",
             "stream",
             "partition",
         )
         self.retention_seconds = self._gauge(
             "retention_margin_seconds",
-            "Time until retention gets to what is not answered yet, going on as in the last hour",
+            "Time until retention gets to where a restart would read on, going on as in the last hour",
             "stream",
             "partition",
         )

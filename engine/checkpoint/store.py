@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import torch
 
@@ -90,6 +90,8 @@ class CheckpointStore:
         self._verified: set[int] = set()
         self._last_bytes = 0
         self._epoch = 1
+        self.covered: Any = []
+        """The positions in the newest checkpoint that was saved or loaded, as its meta has them."""
         self._layout = Layout(self._disk, directory)
         self._quarantine = Quarantine(self._disk, directory / BROKEN)
 
@@ -168,6 +170,7 @@ class CheckpointStore:
                 files = files_of(parts, meta)
                 self._make_room()
                 manifest = self._publish(step, files, config_digest, parent)
+            self.covered = meta.get("positions", [])
             problems = self._settle(step, manifest)
         finally:
             self._saving.release()
@@ -375,7 +378,7 @@ class CheckpointStore:
         for fallback in reversed(fallbacks):
             self._quarantine.put(self.directory / fallback.name, fallback.reason)
         self._epoch = max(epochs) + 1
-        self._verified = {loaded.step}
+        self._verified, self.covered = {loaded.step}, loaded.meta.get("positions", [])
         self._last_bytes = loaded.manifest.size
 
     def _info(self, step: int, pinned: bool) -> Info:

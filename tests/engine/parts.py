@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import anyio
@@ -16,7 +17,7 @@ from engine.cutter import ArrivalCutter, Cutter
 from engine.daemon import Daemon
 from engine.floors import Floors
 from engine.keeper import Keeper
-from engine.launch import _start
+from engine.launch import _start, covered
 from engine.metrics import Metrics
 from engine.reader import Reader
 from engine.runner import Runner
@@ -106,6 +107,7 @@ def daemon_on(
                 exact=transactions is not None,
             )
         )
+        readers[0].retention.covered = partial(covered, store)
         daemon.readers = readers
         try:
             yield daemon

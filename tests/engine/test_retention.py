@@ -1,4 +1,4 @@
-"""How near retention comes to what is not answered yet."""
+"""How near retention comes to what a restart would read."""
 
 import math
 from pathlib import Path
@@ -25,7 +25,9 @@ class Log:
 
     def __init__(self) -> None:
         self.begin, self.at, self.committed_at, self.trouble, self.asked = 0, 1000, 1000, "", 0
+        self.covered: Positions = {PLACE: 1_000_000}
         self.retention = Retention(cast("Source", self))
+        self.retention.covered = lambda: self.covered
         self.now = 0.0
 
     def beginnings(self) -> Positions:
@@ -51,6 +53,25 @@ def test_the_margin_is_what_lies_between_the_beginning_and_what_is_answered() ->
     log.committed_at = 1100  # of another life
     assert log.look(300).records == 700
     assert log.look(1200).records == 0
+
+
+def test_it_is_measured_from_the_checkpoint_that_a_restart_would_read_on_from() -> None:
+    log = Log()
+    log.covered = {PLACE: 600}
+    log.look(300, lag=0)
+    assert log.look(500, lag=0) == (100, WINDOW_SECONDS / 2), "all is read and answered, and not in a checkpoint"
+    log.covered = {PLACE: 1000}
+    assert math.isnan(log.look(500, lag=0).seconds)
+
+
+def test_of_a_partition_that_no_checkpoint_holds_it_is_measured_from_where_reading_began() -> None:
+    log = Log()
+    log.covered, log.committed_at = {}, 400
+    log.look(300)
+    log.committed_at = 1000
+    assert log.look(300).records == 100
+    log.retention.forget(PLACE)
+    assert log.look(300).records == 700
 
 
 def test_in_seconds_it_goes_by_what_retention_took_in_the_last_hour() -> None:
@@ -135,3 +156,28 @@ async def test_a_margin_that_becomes_small_is_told_in_log_status_and_metrics(
     with capture_logs() as logs, daemon_on(tmp_path, source, metrics=Metrics(registry)) as daemon:
         await run(daemon, beside)
     assert "retention_near" in [entry["event"] for entry in logs]
+
+
+async def test_a_daemon_measures_it_from_its_newest_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retention, "LOOK_SECONDS", 0.0)
+    source = Behind({"data": 1, "feedback": 1}, bounded=False)
+
+    async def drained(daemon: Daemon) -> None:
+        await until(lambda: daemon.core.counts["events"] == 100)
+        daemon.stop()
+
+    async def beside(daemon: Daemon) -> None:
+        reader = daemon.readers[0]
+        await until(lambda: daemon.core.counts["events"] == 200 and source.committed()[PLACE] == 200)
+        source.trim({PLACE: 60})
+        await until(lambda: reader.retention.margins[PLACE].records == 40)
+        async with daemon.turn:
+            await daemon.settle()
+        await until(lambda: reader.retention.margins[PLACE].records == 140)
+        daemon.stop()
+
+    for first, look in ((0, drained), (100, beside)):
+        fill(source, first, 100)
+        with daemon_on(tmp_path, source) as daemon:
+            daemon.saver.next = math.inf  # checkpoints are made at the end, and where the test makes one
+            await run(daemon, look)
