@@ -15,6 +15,10 @@ ROWS = re.split(r"^## (?=\d+\. )", TEXT, flags=re.MULTILINE)[1:]
 NAMES = re.findall(r"^- Test: `([^`]+)`$", TEXT, re.MULTILINE)
 
 
+def test_every_line_that_names_a_test_is_looked_at() -> None:
+    assert TEXT.count("- Test:") == len(NAMES)
+
+
 def test_every_row_is_there_once_and_in_order() -> None:
     assert [int(row.partition(".")[0]) for row in ROWS] == list(range(1, 37))
 

@@ -186,6 +186,43 @@ async def test_a_daemon_that_is_stuck_answers_503(tmp_path: Path, monkeypatch: p
     await served(tmp_path, memory(1, bounded=False), look)
 
 
+async def test_of_too_many_connections_the_oldest_are_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = []
+
+    class Counting(Clock):
+        def monotonic(self) -> float:
+            looks.append(self.now)
+            self.now += 1e-3
+            return self.now
+
+    async def crowd(daemon: Daemon, admin: Admin, get: Get) -> None:
+        first = [await asyncio.open_connection("127.0.0.1", ports[0]) for _ in range(4)]
+        seen = len(looks)
+        await until(lambda: len(looks) > seen + 1)
+        later = [await asyncio.open_connection("127.0.0.1", ports[0]) for _ in range(3)]
+        ends = [asyncio.ensure_future(reader.read()) for reader, _ in first]
+        await until(lambda: sum(end.done() for end in ends) == 3)
+        for reader, writer in later:
+            writer.write(b"GET /livez HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+            assert (await reader.read()).startswith(b"HTTP/1.1 200")
+        for _, writer in (*first, *later):
+            writer.transport.abort()
+        assert set(await asyncio.gather(*ends)) == {b""}
+
+    ports: list[int] = []
+
+    def noting(host: str, port: int) -> socket.socket:
+        sock = module.bind(host, port)
+        ports.append(sock.getsockname()[1])
+        return sock
+
+    monkeypatch.setattr(module, "MAX_CONNECTIONS", 4)
+    monkeypatch.setattr(module, "CLOCK", Counting(1.0))
+    with monkeypatch.context() as patch:
+        patch.setitem(globals(), "bind", noting)
+        await served(tmp_path, memory(1, bounded=False), crowd)
+
+
 @pytest.mark.parametrize(
     ("state", "ready"),
     [

@@ -29,6 +29,7 @@ async def test_many_dead_letters_are_counted_and_one_is_described(tmp_path: Path
     (told,) = [line for line in logs if line["event"] == "dead_letter"]
     assert told["record"] == "data-0-0"
     assert "not_json" in told["error"]
+    assert "what is this?" not in str(logs)
     assert daemon.runner.dead_letters == 40
 
 

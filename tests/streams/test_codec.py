@@ -231,6 +231,41 @@ def test_a_version_out_of_reach_is_named_together_with_the_one_that_is_read() ->
         assert "version 1" in fault.message
 
 
+def test_a_field_that_is_not_known_changes_nothing() -> None:
+    (plain,), _ = decode_events([record(text(**GOOD_EVENT))], PIXELS)
+    (more,), _ = decode_events([record(event_with(note="later", labels=[1]))], PIXELS)
+    assert plain[:-1] == more[:-1], "all but the record itself"
+    (plain_label,), _ = decode_feedback([record(text(id="a", label=1, time=5))], PIXELS)
+    (more_label,), _ = decode_feedback([record(text(id="a", label=1, time=5, source={"tenant": 3}))], PIXELS)
+    assert plain_label[:-1] == more_label[:-1]
+
+
+SECRET = "hunter2"
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        SECRET.encode(),
+        text(id=SECRET, inputs=[1]),
+        text(id="a", inputs=[SECRET] * 6),
+        event_with(time=SECRET),
+        event_with(group=[SECRET]),
+        event_with(inputs=tensor(data=SECRET)),
+        event_with(id=SECRET * 100),
+        text(id="a", label=SECRET),
+        text(id="a", label=1, reward=SECRET),
+        text(**{SECRET: SECRET}),
+        b'{"%(a)b": 1, "%(a)b": 2}' % {b"a": SECRET.encode()},
+        b'{"id": "a", "inputs": [%b]}' % SECRET.encode(),
+    ],
+)
+def test_why_a_record_is_refused_is_told_without_what_it_says(value: bytes) -> None:
+    for decode in (decode_events, decode_feedback):
+        _, [(_, fault)] = decode([record(value)], PIXELS)
+        assert SECRET not in fault.message
+
+
 LABELLED = encode_feedback("ab", label=3, time=1.0)
 
 
