@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections import OrderedDict
-from collections.abc import Sequence
+import math
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Self
 
@@ -17,6 +18,9 @@ from policies.interfaces import Adaptation, Batch, Context, MethodParams, Outcom
 from policies.registry import find
 
 _log = logging.getLogger(__name__)
+
+_UNIT = 2.0**-40
+"""What gauges are summed up in, as whole numbers: such sums are the same in any order, and when terms are taken out."""
 
 
 class PerGroup(Adaptation):
@@ -93,7 +97,9 @@ class PerGroup(Adaptation):
 
     def _forget(self) -> None:
         self._held.clear()
-        self._due: list[str | None] = []
+        self._due: dict[str | None, None] = {}
+        self._shown: dict[str | None, dict[str, int]] = {}
+        self._sums: Counter[str] = Counter()
         self.gauges = {"groups": 0, "evictions": 0}
 
     def _make(self) -> Adaptation:
@@ -107,7 +113,7 @@ class PerGroup(Adaptation):
         if found is None:
             found = self._make()
             if len(self._held) >= self.params.groups:
-                self._held.popitem(last=False)
+                self._show(self._held.popitem(last=False)[0], {})
                 if not self.gauges["evictions"]:
                     _log.warning(
                         "adaptation 'per_group' forgets groups: more than 'groups: %d' come", len(self._held) + 1
@@ -120,7 +126,7 @@ class PerGroup(Adaptation):
         places: dict[str | None, list[int]] = {}
         for row, group in enumerate(batch.groups):
             places.setdefault(group, []).append(row)
-        self._due += [group for group in places if group not in self._due]
+        self._due |= dict.fromkeys(places)
         if len(places) == 1:
             return self._member(batch.groups[0]).adapt(batch)
         logits = torch.empty(len(batch), self.context.num_classes, device=batch.inputs.device)
@@ -136,20 +142,32 @@ class PerGroup(Adaptation):
         for group in self._due:
             if group in self._held:
                 self._held[group].update()
-        self._due = []
-        self._gauge()
+        due, self._due = self._due, {}
+        self._gauge(due)
         return None
 
-    def _gauge(self) -> None:
-        members = [method.gauges for method in self._held.values()]
-        names = {name for gauges in members for name in gauges}
-        means = {name: sum(gauges.get(name, 0.0) for gauges in members) / len(members) for name in sorted(names)}
-        self.gauges = means | {"groups": len(members), "evictions": self.gauges["evictions"]}
+    def _gauge(self, groups: Iterable[str | None]) -> None:
+        """Look at what the methods of these groups show; that of the others is as it was."""
+        for group in groups:
+            if group in self._held:
+                self._show(group, self._held[group].gauges)
+        count = len(self._held)
+        means = {name: self._sums[name] * _UNIT / count for name in sorted(self._sums)}
+        self.gauges = means | {"groups": count, "evictions": self.gauges["evictions"]}
+
+    def _show(self, group: str | None, gauges: Mapping[str, float]) -> None:
+        """Put what a group shows now in the place of what it has shown; what is no number is left out."""
+        now = {name: round(value / _UNIT) for name, value in gauges.items() if math.isfinite(value / _UNIT)}
+        self._sums.update(now)
+        self._sums.subtract(self._shown.pop(group, {}))
+        if now:
+            self._shown[group] = now
 
     def learned(self, before: Weights, after: Weights) -> None:
         """Hand on that parameters have moved."""
         for method in self._held.values():
             method.learned(before, after)
+        self._gauge(self._held)
 
     def reset(self) -> None:
         """Return to the source model and forget all groups."""
@@ -186,6 +204,6 @@ class PerGroup(Adaptation):
             for name, value in held["buffers"].items():
                 own[name].copy_(value)
             method.load_state_dict(held["method"])
-        self._due = list(state["due"])
+        self._due = dict.fromkeys(state["due"])
         self.gauges["evictions"] = int(state["evictions"])
-        self._gauge()
+        self._gauge(self._held)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from policies.adaptation.per_group import PerGroup
 from policies.interfaces import Adaptation, Batch, PolicyError
 from tests.policies.models import build, carried, drive, source_model, weights_of
 
@@ -66,6 +67,39 @@ def test_groups_learn_for_themselves_alone() -> None:
     assert method.gauges["drift"] > 0
     live = weights_of(method.context.model)
     assert all(torch.equal(live[name], value) for name, value in SOURCE.state_dict().items())
+
+
+def held(method: Adaptation) -> dict[str | None, Adaptation]:
+    assert isinstance(method, PerGroup)
+    return method._held
+
+
+def test_gauges_are_means_over_the_groups_held_while_groups_come_and_go() -> None:
+    method = made("class_bn", {"window": 6}, groups=4)
+    for batch in mixed(6):
+        drive(method, [batch])
+        found = [one.gauges for one in held(method).values()]
+        means = {name: sum(gauges[name] for gauges in found) / 4 for name in found[0]}
+        assert means == {name: pytest.approx(method.gauges[name]) for name in means}
+    assert method.gauges["evictions"] > 0
+
+
+@pytest.mark.parametrize("strange", [float("nan"), float("inf"), 1e300])
+def test_what_a_group_shows_is_looked_at_when_it_has_a_batch_and_what_is_no_number_is_left_out(
+    strange: float,
+) -> None:
+    method, batch = made("bn", {"mode": "ema"}), mixed(1)[0]
+    one, two = (only(batch, f"tenant-{number}")[0] for number in (1, 2))
+    drive(method, [one, two])
+    for name, value in (("tenant-1", 10.0), ("tenant-2", 100.0)):
+        held(method)[name].gauges = {"shown": value, "strange": strange}
+    drive(method, [one])
+    assert method.gauges["shown"] == 5.0
+    drive(method, [two])
+    assert method.gauges["shown"] == 55.0
+    assert "strange" not in method.gauges
+    method.reset()
+    assert method.gauges == {"groups": 0, "evictions": 0}
 
 
 def test_a_restored_run_goes_on_as_before() -> None:
