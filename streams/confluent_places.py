@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from confluent_kafka import Consumer, TopicPartition
 
 from streams.base import Assignment, Found, Partition, Positions, Record, StreamError
-from streams.confluent_client import Watch
+from streams.confluent_client import Watch, identities
 from streams.confluent_commits import Commits
 from streams.confluent_fetch import Flow
 from streams.confluent_placing import look_up
@@ -68,6 +68,7 @@ class Places:
         self._member = member
         self._settings = settings
         self._ends: Positions = {}
+        self._identities: dict[str, str] = {}
         self._next_look = CLOCK.monotonic() + GROWTH_INTERVAL
 
     def subscribe(self, consumer: Consumer) -> None:
@@ -151,7 +152,7 @@ class Places:
 
         Raises:
             KafkaException: The cluster does not answer, or may not be asked.
-            StreamError: A start position is gone.
+            StreamError: A start position is gone, or a topic is another one than when partitions were placed before.
         """
         if member_id := consumer.memberid():
             # Before the offsets, which are not told while a transaction of ours waits to be ended. Another is begun
@@ -159,6 +160,7 @@ class Places:
             self.membership = Membership(consumer.consumer_group_metadata(), member_id, placed=False)
         partitions = self.unplaced or ()
         found = look_up(consumer, partitions, group=self._group, member=self._member, timeout=timeout)
+        self._check_identities(consumer, timeout)
         more = bool(self.positions) and not self.kept
         if self.kept and not self._is_as_before(found):
             membership = self.membership
@@ -175,6 +177,16 @@ class Places:
         placed = [TopicPartition(*partition, start) for partition, start in starts.items()]
         consumer.resume(placed)  # librdkafka remembers what was paused of a partition that comes back
         (consumer.incremental_assign if more else consumer.assign)(placed)
+
+    def _check_identities(self, consumer: Consumer, timeout: float) -> None:
+        """Remember which topics these are, and that none has become another of its name; one request for all."""
+        for topic, now in identities(consumer, self._settings, self._topics, timeout).items():
+            before = self._identities.setdefault(topic, now)
+            if before != now:
+                raise StreamError(
+                    f"topic {topic} was made anew while it was read: it was {before} and is {now} now, so positions"
+                    " mean nothing in it. Begin with a fresh state directory and group, or bring the old topic back"
+                )
 
     def _is_as_before(self, found: dict[Partition, Found]) -> bool:
         return found.keys() == self.positions.keys() and all(self._commits.are_ours(p, at) for p, at in found.items())
@@ -194,11 +206,12 @@ class Places:
         return {p: given.get(p, stored[p]) for p in found}
 
     def look_for_growth(self, consumer: Consumer) -> None:
-        """Take partitions that were added to a topic. Raises as `place` does."""
+        """Take partitions that were added to a topic, and look that it is the same one. Raises as `place` does."""
         if CLOCK.monotonic() < self._next_look:
             return
         self._next_look = CLOCK.monotonic() + GROWTH_INTERVAL
         timeout = min(PLACING_TIMEOUT, self._settings.timeout)
+        self._check_identities(consumer, timeout)
         found = {topic: consumer.list_topics(topic, timeout).topics[topic].partitions for topic in self._topics}
         known = {(topic, n) for topic, numbers in found.items() for n in numbers}
         new = sorted(known - self.positions.keys())

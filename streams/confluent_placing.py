@@ -67,7 +67,9 @@ def out_of_range(consumer: Consumer, message: Message, timeout: float) -> Stream
         return StreamUnavailableError(f"offset {offset} of {topic}-{number} is out of range ({error_of(error).str()})")
     if offset < earliest:
         return StreamError(gone(tp, offset, earliest))
+    # A topic that was made anew may have grown past the position already; librdkafka goes by the leader's epochs.
+    problem = f"lies past its end {end}" if offset > end else f"does not go on from what was read, up to its end {end}"
     return StreamError(
-        f"offset {offset} of {topic}-{number} lies past its end {end}: the topic was made anew or this is"
+        f"offset {offset} of {topic}-{number} {problem}: the topic was made anew or this is"
         " another cluster. Use the cluster that the position is of, or begin with a fresh state directory and group"
     )

@@ -13,6 +13,7 @@ import pytest
 from kafka import KafkaAdminClient, errors
 from kafka.admin import NewTopic
 
+from streams.base import StreamUnavailableError
 from streams.clients import source_of
 from streams.kafka import KafkaSettings
 from tests.broker.helpers import (
@@ -122,8 +123,15 @@ def source(settings: KafkaSettings) -> Iterator[Opened]:
 
     def make(*topics: str, keeper: Keeper | None = None, group: str | None = None, shared: bool = False) -> AnySource:
         made.append(source_of(topics, settings, group=group, assignment="group" if shared else "static"))
-        made[-1].open(keeper or Keeper())
-        return made[-1]
+        deadline = time.monotonic() + LIMIT
+        while True:
+            try:
+                made[-1].open(keeper or Keeper())
+            except StreamUnavailableError:  # a broker that has just started may coordinate no group yet
+                assert time.monotonic() < deadline, "the broker coordinates no group"
+                time.sleep(0.1)
+            else:
+                return made[-1]
 
     yield make
     for one in made:

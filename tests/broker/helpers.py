@@ -7,6 +7,9 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from kafka import KafkaAdminClient
+from kafka.admin import NewTopic
+
 from streams.base import Found, Message, Partition, Positions, Record
 from streams.clients import client_of, sink_of
 from streams.confluent_sink import ConfluentClient, ConfluentSink
@@ -80,6 +83,17 @@ def poll_until(sources: Sequence[AnySource], done: Callable[[], bool]) -> list[R
         for source in sources:
             records.extend(source.poll(500, 0.05))
     return records
+
+
+def remade(admin: KafkaAdminClient, name: str) -> None:
+    """Delete a topic and make another of its name."""
+    admin.delete_topics([name])
+    deadline = time.monotonic() + LIMIT
+    while name in admin.list_topics():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    admin.create_topics([NewTopic(name, 1, 1)])
+    admin.wait_for_topics([name])
 
 
 def fresh_group() -> str:

@@ -26,7 +26,7 @@ from tests.broker.daemons import (
     send,
     small_events,
 )
-from tests.broker.helpers import LIMIT, SinkFactory, TopicFactory
+from tests.broker.helpers import LIMIT, SinkFactory, TopicFactory, remade
 from tests.broker.node import GUEST, GUEST_PASSWORD, Node
 from tests.broker.proxy import Proxy
 
@@ -99,17 +99,6 @@ def test_records_that_retention_takes_while_the_daemon_reads_are_told(
     life.until(lambda status: status["events"] >= 8)
     admin.delete_records({TopicPartition(topics.data, 0): 5000})
     refused(life, 78, f"of {topics.data}-0 is gone, the earliest is 5000", "retention.ms")
-
-
-def remade(admin: KafkaAdminClient, name: str) -> None:
-    """Delete a topic and make another of its name."""
-    admin.delete_topics([name])
-    deadline = time.monotonic() + LIMIT
-    while name in admin.list_topics():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    admin.create_topics([NewTopic(name, 1, 1)])
-    admin.wait_for_topics([name])
 
 
 def test_a_topic_that_was_made_anew_while_the_daemon_was_down_is_told(

@@ -18,6 +18,7 @@ from tests.broker.helpers import (
     fresh_group,
     poll_until,
     read,
+    remade,
     sink_on,
     with_extra,
     write,
@@ -152,6 +153,28 @@ def test_a_position_past_the_end_is_refused(topic: TopicFactory, source: Opened,
     reader = source(name, keeper=Keeper({(name, 0): 50}))
     with pytest.raises(StreamError, match=f"offset 50 of {name}-0 lies past its end 5"):
         read(reader, 1)
+
+
+def test_a_topic_that_was_made_anew_and_holds_more_is_told_once_the_client_has_looked(
+    topic: TopicFactory,
+    settings: KafkaSettings,
+    sink: SinkFactory,
+    admin: KafkaAdminClient,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(GROWTH[settings.client], 0.3)
+    name = topic()
+    write(sink(name), 10)
+    reader = source_of([name], with_extra(settings, metadata_max_age_ms=300))
+    reader.open(Keeper())
+    try:
+        read(reader, 10)
+        remade(admin, name)
+        write(sink(name), 30)
+        with pytest.raises(StreamError, match=f"{name}.* made anew"):
+            read(reader, 100)
+    finally:
+        reader.close()
 
 
 def test_partitions_added_to_a_topic_are_read_too(

@@ -11,9 +11,10 @@ import pytest
 from confluent_kafka import KafkaError, TopicPartition
 
 from streams import confluent_client, confluent_places, confluent_source
-from streams.base import Found, Partition, Positions, StreamUnavailableError
+from streams.base import Found, Partition, Positions, StreamError, StreamUnavailableError
 from streams.confluent_commits import Commits
 from streams.confluent_places import ECHO, Places
+from streams.confluent_placing import out_of_range
 from streams.confluent_sink import ConfluentClient
 from streams.confluent_source import ConfluentSource
 from streams.confluent_transactions import ConfluentTransactions, Membership
@@ -80,6 +81,7 @@ def test_no_transaction_is_begun_before_it_is_known_which_partitions_are_still_o
     engine, consumer = Engine(places), cast("Any", Consumer())
     engine.found, places.assignment = found, engine
     monkeypatch.setattr(confluent_places, "look_up", engine.look_up)
+    monkeypatch.setattr(confluent_places, "identities", lambda *_: {})
     places.positions[P] = 5
     places.membership = Membership("generation 1", "m-1", placed=True)
     assert engine.may_begin()
@@ -115,6 +117,35 @@ def test_whoever_has_been_shut_out_asks_once_a_second_whether_the_name_is_free(
     assert min(after - before for before, after in pairwise(asked)) > 0.9
 
 
+def test_whenever_partitions_are_placed_topics_are_asked_once_whether_they_are_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told: list[dict[str, str]] = [{}, {"data": "one"}, {"data": "one"}, {}, {"data": "another"}]
+    monkeypatch.setattr(confluent_places, "identities", lambda *_: told.pop(0))
+    monkeypatch.setattr(confluent_places, "look_up", lambda *_, **__: {})
+    places = Places(["data"], Commits(1.0), group=True, member="", settings=SETTINGS)
+    places.assignment = Engine(places)
+    for left in (4, 3, 2, 1):
+        places.place(cast("Any", Consumer()), 1.0)
+        assert len(told) == left
+    with pytest.raises(StreamError, match="topic data was made anew while it was read: it was one and is another now"):
+        places.place(cast("Any", Consumer()), 1.0)
+
+
+@pytest.mark.parametrize(
+    ("offset", "words"),
+    [
+        (3, "offset 3 of data-0 is gone, the earliest is 5"),
+        (12, "offset 12 of data-0 lies past its end 9: the topic was made anew"),
+        (7, "offset 7 of data-0 does not go on from what was read, up to its end 9: the topic was made anew"),
+    ],
+)
+def test_a_position_that_is_not_there_is_told_with_what_is(offset: int, words: str) -> None:
+    consumer = SimpleNamespace(get_watermark_offsets=lambda *_, **__: (5, 9))
+    message = SimpleNamespace(topic=lambda: "data", partition=lambda: 0, offset=lambda: offset)
+    assert words in str(out_of_range(cast("Any", consumer), cast("Any", message), 1.0))
+
+
 class Clock:
     def __init__(self) -> None:
         self.now = 1e6
@@ -144,7 +175,10 @@ def test_an_outage_explains_for_a_minute_that_the_group_does_not_know_us(clock: 
     assert not places.echoes()
 
 
-def test_partitions_that_were_added_to_a_topic_are_looked_for_once_in_a_while(clock: Clock) -> None:
+def test_partitions_that_were_added_to_a_topic_are_looked_for_once_in_a_while(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(confluent_places, "identities", lambda *_: {})
     places, asked = Places(["data"], Commits(1.0), group=False, member="", settings=SETTINGS), []
 
     def list_topics(topic: str, timeout: float) -> object:
