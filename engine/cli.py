@@ -248,6 +248,9 @@ def version() -> None:
 
 def main() -> None:
     """Entry point: runs a command and turns errors into sentences and exit codes."""
+    # Read when PyTorch is loaded. By default its threads spin for milliseconds after each operation, which on shared
+    # cores takes those away from the threads that are waited for.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app(standalone_mode=False)
     except BaseException as error:  # noqa: BLE001 - the one place where everything ends

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -166,17 +167,36 @@ def _prepare(directory: Path, events: int, seed: int, console: Console) -> strea
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"--dir {directory}: {error.strerror}; name a directory that can be made") from error
-    with console.status("training a small CNN on clean digits"):
-        x = torch.from_numpy(digits.train_x)[:, None]
-        model = train(x, torch.from_numpy(digits.train_y))
+    with _doing(console, "training a small CNN on clean digits"):
+        with _one_thread():
+            model = train(torch.from_numpy(digits.train_x)[:, None], torch.from_numpy(digits.train_y))
         save_file(model.state_dict(), directory / "model.safetensors")
-    with console.status(f"writing {events} events"):
+    with _doing(console, f"writing {events} events"):
         _write_streams(directory, stream)
     (directory / "policy.yaml").write_text(POLICY)
     scratch = directory / "demo.json.part"
     scratch.write_text(json.dumps({"events": events, "seed": seed}))
     scratch.rename(told)  # last: what is there is whole
     return stream
+
+
+def _doing(console: Console, text: str) -> AbstractContextManager[object]:
+    """Say what is being done: with a spinner on a terminal, in a line elsewhere."""
+    if console.is_terminal:
+        return console.status(text)
+    console.print(text, highlight=False, soft_wrap=True)
+    return nullcontext()
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Compute on one thread: for a model this small, threads wait for one another longer than they work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _write_streams(directory: Path, stream: streams.Stream) -> None:
@@ -226,7 +246,7 @@ def _watcher(progress: Progress, events: int, before: list[int]) -> Callable[[Da
             progress.update(progress.task_ids[0], completed=done, note=note)
             if not progress.console.is_terminal and done >= told + events // 10:
                 told = done
-                progress.console.print(f"{done} of {events} events  {note}", highlight=False)
+                progress.console.print(f"{done} of {events} events  {note}", highlight=False, soft_wrap=True)
             await anyio.sleep(0.2)
 
     return watch

@@ -507,6 +507,19 @@ def test_a_terminated_daemon_drains_and_exits_with_0(project: Path) -> None:
     assert len(answers(project)) == EVENTS
 
 
+@pytest.mark.parametrize(("set_to", "found"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_threads_that_wait_give_up_their_core_unless_told_otherwise(set_to: str | None, found: str) -> None:
+    code = (
+        "import os, sys; from engine import cli; assert 'torch' not in sys.modules; sys.argv = ['adaptd', 'version'];"
+        "cli.main(); print(os.environ['OMP_WAIT_POLICY'])"
+    )
+    environ = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    if set_to is not None:
+        environ["OMP_WAIT_POLICY"] = set_to
+    done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-1] == found
+
+
 def test_output_that_nobody_reads_to_its_end_is_no_error() -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "engine.cli", "schema"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

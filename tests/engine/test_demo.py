@@ -1,19 +1,26 @@
 from __future__ import annotations
 
+import io
 import json
 import re
+from collections import Counter
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import anyio
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
+from torch import Tensor
 
 from engine.demo import main as demo
 from engine.demo import stream as streams
 from engine.demo.main import Outcome
-from engine.demo.model import train
+from engine.demo.model import DigitNet, train
 from engine.demo.report import write_report
 from engine.errors import UsageError
 
@@ -128,6 +135,49 @@ def test_a_demonstration_goes_from_end_to_end_and_does_nothing_twice(
     (directory / "predictions.jsonl").write_text("".join(answers[:-7]))
     with pytest.raises(UsageError, match="7 of 1000 events have no answer yet"):
         demo._collect(directory, streams.make_stream(streams.load_digits(), 1000), 1.0, 1000)
+
+
+def test_training_takes_one_thread_and_says_what_it_does_where_there_is_no_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, seen, told = torch.get_num_threads(), [], io.StringIO()
+
+    def train_none(x: Tensor, y: Tensor) -> DigitNet:
+        seen.append((torch.get_num_threads(), told.getvalue()))
+        return DigitNet()
+
+    monkeypatch.setattr(demo, "train", train_none)
+    torch.set_num_threads(2)
+    try:
+        demo._prepare(tmp_path / "demo", 1000, 0, Console(file=told, width=20))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [(1, "training a small CNN on clean digits\n")]
+    assert told.getvalue().endswith("writing 1000 events\n")
+
+
+async def test_progress_off_a_terminal_is_a_line_each_however_narrow(tmp_path: Path) -> None:
+    told = io.StringIO()
+    with demo._bar(Console(file=told, width=20), 1000) as progress:
+        daemon: Any = SimpleNamespace(
+            core=SimpleNamespace(
+                step=3,
+                release=1,
+                counts=Counter(events=0, labels=2),
+                audit=SimpleNamespace(accuracies=lambda: {"source": 0.5, "live": 0.75}),
+            )
+        )
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(demo._watcher(progress, 1000, []), daemon)
+            await anyio.wait_all_tasks_blocked()
+            daemon.core.counts["events"] = 500
+            while not told.getvalue():
+                await anyio.sleep(0.01)
+            tasks.cancel_scope.cancel()
+    assert told.getvalue().splitlines()[0] == (
+        "500 of 1000 events  updates 3  release 1  labels 2  audit: frozen 50%, live 75%"
+    )
 
 
 def test_a_file_in_the_place_of_the_directory_is_told(tmp_path: Path) -> None:
