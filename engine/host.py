@@ -14,11 +14,17 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import structlog
 import torch
 from torch import Tensor, nn
 
 from engine.errors import PolicyFileError
 from policies.interfaces import Weights, load_weights
+
+log = structlog.get_logger("adaptd")
+
+SUM_ERROR = 1e-4
+"""Largest difference from 1 of a sum that is taken for one of probabilities."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +111,16 @@ class ModelHost:
             raise PolicyFileError(
                 f"model.factory: the model must give logits of shape (B, K); for one row it gave {found}"
             )
+        if logits.shape[1] < 2:
+            raise PolicyFileError(
+                f"model.factory: the model gives {logits.shape[1]} output; give two logits or more, one for each class"
+                " (of a single one, x, torch.cat([torch.zeros_like(x), x], 1) makes two)"
+            )
+        if bool((logits >= 0).all()) and abs(float(logits.sum()) - 1) < SUM_ERROR:
+            text = (
+                "what the model gives looks like probabilities; leave out its last softmax, since logits are expected"
+            )
+            log.warning("probabilities_for_logits", text=text)
         return int(logits.shape[1])
 
     def predict(self, model: nn.Module, inputs: Tensor, chunk: int = 256) -> Tensor:

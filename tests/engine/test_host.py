@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
+from structlog.testing import capture_logs
 from torch import Tensor, nn
 
 from engine.errors import PolicyFileError
@@ -103,6 +104,18 @@ class Gives(nn.Module):
 def test_a_model_that_gives_no_logits_is_refused(result: object, found: str) -> None:
     with pytest.raises(PolicyFileError, match=rf"model\.factory: the model must give logits .* it gave {found}"):
         ModelHost(Gives(result), FLAT, CPU)
+
+
+def test_a_model_with_a_single_output_is_refused_since_it_would_be_certain_of_everything() -> None:
+    with pytest.raises(PolicyFileError, match=r"model\.factory: the model gives 1 output; give two logits or more"):
+        ModelHost(nn.Linear(FEATURES, 1), FLAT, CPU)
+
+
+@pytest.mark.parametrize(("last", "warned"), [(nn.Softmax(1), True), (nn.LogSoftmax(1), False), (nn.ReLU(), False)])
+def test_a_model_that_ends_in_a_softmax_is_warned_of(last: nn.Module, *, warned: bool) -> None:
+    with capture_logs() as logs:
+        ModelHost(nn.Sequential(tiny_model(), last), FLAT, CPU)
+    assert [entry["event"] for entry in logs] == ["probabilities_for_logits"] * warned
 
 
 def test_a_model_that_cannot_take_the_inputs_is_refused() -> None:
