@@ -25,7 +25,7 @@ from numpy.lib import format as npy
 from streams.base import Partition, Record, StreamError
 from streams.codec_binary import encode_events
 from streams.codec_json import decode_event, parse, read_label
-from streams.codec_types import BadRecord, InputSpec, check_id
+from streams.codec_types import LATEST_TIME, BadRecord, InputSpec, check_id
 from streams.framing import Origin, split_lines
 
 Array = np.ndarray[Any, Any]
@@ -157,7 +157,12 @@ def _times(path: Path, t: Array | None, rows: int) -> Array:
         return np.arange(rows, dtype=np.float64)
     if t.dtype.kind not in "iuf" or not np.isfinite(t).all():
         raise StreamError(f"{path}: t must be finite numbers of seconds")
-    return t.astype(np.float64)
+    times: Array = t.astype(np.float64)
+    wrong = np.flatnonzero((times < 0) | (times >= LATEST_TIME))
+    if len(wrong):
+        found = f"time {times[wrong[0]]:.6g} in row {wrong[0]} of t"
+        raise StreamError(f"{path}: {found} must be in seconds since 1970, and before the year 2100")
+    return times
 
 
 def _labels(path: Path, y: Array | None) -> Array | None:

@@ -78,6 +78,8 @@ def test_domains_are_named_by_a_list_or_by_themselves(tmp_path: Path) -> None:
         ({"x": X, "y": np.zeros(4)}, "y must be integers"),
         ({"x": X, "y": np.full(4, -2)}, "y must be class indices"),
         ({"x": X, "t": np.full(4, np.nan)}, "t must be finite"),
+        ({"x": X, "t": np.array([1.0, 2.0, 3.0, 1.7e12])}, r"time 1\.7e\+12 in row 3 of t must be in seconds"),
+        ({"x": X, "t": np.array([1, -2, 3, 4])}, "time -2 in row 1 of t must be in seconds"),
         ({"x": X, "group": np.zeros(4)}, "group must be text or integers"),
         ({"x": X, "group": np.array(["", "a", "b", "c"])}, "group must have 1 to 128"),
         ({"x": X, "domain": np.array([0, 1, 2, 3]), "domains": np.array(["a"])}, "indices of the 1 names"),
