@@ -154,8 +154,7 @@ def report(core: Core, data: Recorded, result: Result) -> dict[str, Any]:
         "agreement_with_source": float((result.predicted == result.source).mean()),
     }
     out |= {"accuracy": None, "source_accuracy": None, "accuracy_by_domain": {}}
-    if data.y is not None:
-        known = _usable(core, data)
+    if data.y is not None and (known := _usable(core, data)).any():
         right, was = result.predicted == data.y, result.source == data.y
         out |= {
             "labelled": int(known.sum()),
@@ -218,12 +217,16 @@ def command(loaded: LoadedPolicy, path: Path, *, label_delay: int, feedback_shar
 
 
 def _check_labels(core: Core, data: Recorded, path: Path) -> None:
-    """Refuse labels none of which is a class of the model, since an accuracy of 0 would say nothing; tell of a few.
+    """Refuse labels none of which is a class of the model, since an accuracy of 0 would say nothing; tell of too few.
 
     Raises:
         UsageError: There are labels, and none can be used.
     """
     if data.y is None or not (data.y >= 0).any():
+        how = 'add an array "y" to an .npz, or "label" to the lines of a .jsonl'
+        log.warning(
+            "no_labels", text=f"{path} has no labels, so nothing is learned from any and no accuracy told; {how}"
+        )
         return
     given, usable = int((data.y >= 0).sum()), int(_usable(core, data).sum())
     text = f"{path}: {given - usable} of {given} labels are no class of the model, which has {core.host.num_classes}"

@@ -131,8 +131,8 @@ def backtest(
 def _lines(report: dict[str, Any], indent: str = "") -> Iterator[str]:
     for key, value in report.items():
         if isinstance(value, dict):
-            yield f"{indent}{key}:"
-            yield from _lines(value, indent + "  ")
+            below = [*_lines(value, indent + "  ")]
+            yield from (f"{indent}{key}:", *below) if below else ()
         else:
             yield f"{indent}{key}: {value:.4f}" if isinstance(value, float) else f"{indent}{key}: {value}"
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from structlog.testing import capture_logs
 
 from engine import backtest
 from engine.backtest import Options, Result, command
@@ -307,3 +308,15 @@ def test_a_report_tells_what_it_is_of_and_accuracy_by_group(tmp_path: Path) -> N
     assert len(found["policy_digest"]) == 64
     assert set(found["accuracy_by_group"]) == {"a", "b"}
     assert sum(found["accuracy_by_group"].values()) / 2 == pytest.approx(found["accuracy"])
+
+
+def test_a_stream_without_labels_is_told_of_with_where_they_would_go(tmp_path: Path, loaded: LoadedPolicy) -> None:
+    data = domains(100)
+    path = tmp_path / "a.npz"
+    for given in ({}, {"y": np.full(100, -1)}):
+        np.savez(path, x=data.x, **given)  # type: ignore[arg-type]
+        with capture_logs() as logs:
+            found = command(loaded, path, label_delay=0, feedback_share=1.0, seed=0)
+        assert (found["accuracy"], found["labels"]) == (None, 0)
+        assert [entry["event"] for entry in logs if entry["log_level"] == "warning"] == ["no_labels"]
+        assert 'add an array "y" to an .npz, or "label" to the lines of a .jsonl' in logs[-1]["text"]

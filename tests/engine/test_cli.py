@@ -141,6 +141,16 @@ def test_anew_in_an_empty_directory_is_an_ordinary_start(project: Path, adaptd: 
     assert not [*(project / "state").glob("aside-*")]
 
 
+def test_a_backtest_tells_its_figures_without_headings_that_nothing_stands_under(project: Path, adaptd: Adaptd) -> None:
+    ended = adaptd("backtest", project / "policy.yaml", "--data", project / "events.jsonl")
+    assert ended.code == 0
+    lines = ended.out.splitlines()
+    assert "events: 512" in lines
+    assert "updates_by_kind:" in lines
+    for heading, below in zip(lines, [*lines[1:], ""], strict=True):
+        assert not heading.endswith(":") or below.startswith("  "), heading
+
+
 def test_the_version_is_told(adaptd: Adaptd) -> None:
     assert adaptd("version") == (0, f"{__version__}\n", "")
 
