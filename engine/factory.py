@@ -36,6 +36,14 @@ ENTRY_POINTS: Final = "adaptd.models"
 _NAME = r"[A-Za-z_][A-Za-z0-9_]*"
 _IMPORTED = re.compile(rf"({_NAME}(?:\.{_NAME})*):({_NAME})")
 _FROM_FILE = re.compile(rf"\./([^:\0]+\.py):({_NAME})")
+_ELSEWHERE = re.compile(rf"(?:/|\.\./)[^:\0]*\.py:{_NAME}")
+
+_ZIP: Final = b"PK\x03\x04"
+_TORCH_SAVES: Final = (_ZIP, b"\x80\x02")
+"""How files of `torch.save` begin, of today and of old."""
+
+_SAVE_AGAIN: Final = "save the weights of the model that the factory builds"
+CHECK_PATH: Final = "check the path, which starts at the directory of the policy file"
 
 
 class _Loader(SourceFileLoader):
@@ -95,6 +103,8 @@ def locate_factory(spec: str, base: Path, prefixes: Sequence[str] = ()) -> tuple
     in_file, imported = _FROM_FILE.fullmatch(spec), _IMPORTED.fullmatch(spec)
     if in_file is not None:
         return _file(in_file[1], base), in_file[2]
+    if _ELSEWHERE.fullmatch(spec):
+        _refuse(f"{spec!r} lies outside the directory of the policy file; put the file there, './model.py:build'")
     if imported is None:
         _refuse(f"{spec!r} names no factory; write './model.py:build' or 'package.module:build', in plain ASCII names")
     _check_allowed(spec, imported[1], prefixes)
@@ -108,7 +118,7 @@ def _build(function: Callable[[], Any], spec: str, directory: Path | None, seed:
         try:
             built = function()
         except Exception as error:  # noqa: BLE001 - the user's code may raise anything
-            _refuse(f"{spec} raised {_told(error)}")
+            _refuse(f"{spec} raised {_told(error, directory)}")
     if not isinstance(built, nn.Module):
         _refuse(f"{spec} gave {type(built).__name__}; expected a torch.nn.Module")
     return built
@@ -124,29 +134,49 @@ def load_weights(model: nn.Module, file: Path) -> None:
     try:
         missing, unexpected = load_model(model, file, strict=False)
     except FileNotFoundError:
-        _refuse(f"there is no file {file}", key)
+        _refuse(f"there is no file {file}; {CHECK_PATH}", key)
     except OSError as error:
         _refuse(f"{file} cannot be read: {error.strerror or error}", key)
     except SafetensorError as error:
-        _refuse(f"{file} is not a safetensors file: {error}", key)
+        _refuse(not_safetensors(file, error), key)
     except RuntimeError as error:
         found = str(error).strip().splitlines()[-1].strip().rstrip(".")
-        _refuse(f"{file} does not fit the model: {found}; save the weights of the model that the factory builds", key)
+        _refuse(f"{file} does not fit the model: {found}; {_SAVE_AGAIN}", key)
     # A counter that only BatchNorm with momentum=None reads; many exports leave it out.
     missing = sorted(name for name in missing if not name.endswith("num_batches_tracked"))
     if missing or unexpected:
-        fault = f"{missing[0]} is not in it" if missing else f"the model has no {sorted(unexpected)[0]}"
-        count = len(missing) + len(unexpected)
-        _refuse(f"{file} does not fit the model: {fault}{f' ({count} names differ)' if count > 1 else ''}", key)
+        _refuse(f"{file} does not fit the model: {_difference(missing, sorted(unexpected))}; {_SAVE_AGAIN}", key)
+
+
+def _difference(missing: Sequence[str], unexpected: Sequence[str]) -> str:
+    """How the names in a file of weights differ from those of the model."""
+    fault = f"{missing[0]} is not in it" if missing else f"the model has no {unexpected[0]}"
+    if missing and unexpected:
+        fault += f", but {unexpected[0]} is"
+    count = len(missing) + len(unexpected)
+    return f"{fault} ({count} names differ)" if count > 1 else fault
+
+
+def not_safetensors(file: Path, error: SafetensorError) -> str:
+    """What to say of a file of weights that is none, with how to make one."""
+    with file.open("rb") as opened:
+        start = opened.read(len(_ZIP))
+    saved = f"torch.load({file.name!r}, weights_only=True)" if start.startswith(_TORCH_SAVES) else "model.state_dict()"
+    how = f"make one with safetensors.torch.save_file({saved}, 'model.safetensors')"
+    return f"{file} is not a safetensors file: {error}; {how}"
 
 
 def _refuse(text: str, key: str = "model.factory") -> NoReturn:
     raise PolicyFileError(f"{key}: {text}")
 
 
-def _told(error: BaseException) -> str:
-    """An error of the user's code: type, first line, and the innermost place."""
-    frames = traceback.extract_tb(error.__traceback__)
+def _told(error: BaseException, directory: Path | None = None) -> str:
+    """An error of the user's code: type, first line, and the innermost place, if there is one inside ``directory``."""
+    frames = list(traceback.extract_tb(error.__traceback__))
+    if directory is not None:
+        places = [Path(frame.filename) for frame in frames]
+        own = [place.is_relative_to(directory) and "site-packages" not in place.parts for place in places]
+        frames = [frame for frame, inside in zip(frames, own, strict=True) if inside] or frames
     where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
     if isinstance(error, SyntaxError):
         where = f" ({Path(error.filename or '?').name}, line {error.lineno})"
@@ -203,7 +233,7 @@ def _load_file(file: Path, spec: str) -> ModuleType:
         _refuse(f"{spec}: no module is named {error.name!r}; install it or put it beside {file.name}")
     except Exception as error:  # noqa: BLE001 - the user's code may raise anything
         del sys.modules[name]
-        _refuse(f"{file.name} raised {_told(error)}")
+        _refuse(f"{file.name} raised {_told(error, file.parent)}")
     return module
 
 
@@ -235,7 +265,7 @@ def _function(module: ModuleType, name: str, spec: str) -> Callable[[], Any]:
     try:
         inspect.signature(function).bind()
     except TypeError:
-        _refuse(f"{spec}: {name} needs arguments; expected a function that takes none")
+        _refuse(f"{spec} needs arguments; expected a function that takes none")
     except ValueError:
         pass  # a built-in without a signature: calling it will tell
     result: Callable[[], Any] = function

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from engine.errors import PolicyFileError
-from engine.factory import locate_factory
+from engine.factory import CHECK_PATH, locate_factory, not_safetensors
 from engine.host import choose_device
 from engine.policy import SourceEndpoint
 from engine.policyfile import LoadedPolicy
@@ -81,7 +81,7 @@ def _factory(spec: str, base: Path, prefixes: tuple[str, ...]) -> None:
     if found is None:
         raise PolicyFileError(f"model.factory: {spec}: there is no function {name} in {file.name}")
     if isinstance(found, ast.FunctionDef) and _needs_arguments(found):
-        raise PolicyFileError(f"model.factory: {spec}: {name} needs arguments; expected a function that takes none")
+        raise PolicyFileError(f"model.factory: {spec} needs arguments; expected a function that takes none")
 
 
 def _source_of(module: str, spec: str) -> Path | None:
@@ -146,11 +146,11 @@ def _weights(file: Path) -> Iterator[str]:
         with file.open("rb"), safe_open(file, framework="np"):
             pass
     except FileNotFoundError:
-        yield f"model.weights: there is no file {file}"
+        yield f"model.weights: there is no file {file}; {CHECK_PATH}"
     except OSError as error:
         yield f"model.weights: {file} cannot be read: {error.strerror or error}"
     except SafetensorError as error:
-        yield f"model.weights: {file} is not a safetensors file: {error}"
+        yield f"model.weights: {not_safetensors(file, error)}"
 
 
 # -- directories and streams --------------------------------------------------------------------------------------
@@ -191,7 +191,7 @@ def _streams(loaded: LoadedPolicy) -> Iterator[str]:
 
 def _readable(key: str, path: Path) -> Iterator[str]:
     if not path.exists():
-        yield f"{key}: there is no file {path}; check the path, which starts at the directory of the policy file"
+        yield f"{key}: there is no file {path}; {CHECK_PATH}"
     elif not os.access(path, os.R_OK):
         yield f"{key}: {path} cannot be read; check its permissions"
     elif path.is_dir() and not any(entry.suffix in SUFFIXES for entry in path.iterdir()):

@@ -299,10 +299,10 @@ def test_validate_finds_what_a_run_would_refuse_without_running_any_of_it(projec
     cases = {
         "model.factory=./nowhere.py:build": "model.factory: there is no file",
         "model.factory=./model.py:make": "model.factory: ./model.py:make: there is no function make in model.py",
-        "model.factory=./model.py:needy": "needy needs arguments; expected a function that takes none",
+        "model.factory=./model.py:needy": "./model.py:needy needs arguments; expected a function that takes none",
         "model.factory=os.path:join": "os.path may not be imported; list its package in model.allowed_prefixes",
-        "model.weights=./gone.safetensors": "model.weights: there is no file",
-        "model.weights=./text": "model.weights: .* is not a safetensors file",
+        "model.weights=./gone.safetensors": "model.weights: there is no file .*; check the path",
+        "model.weights=./text": "model.weights: .* is not a .*; make one with safetensors.torch.save_file",
         "model.device=cuda:99": "model.device: cuda:99 is not on this machine",
         "streams.data.file=./gone.jsonl": "streams.data.file: there is no file",
         "streams.feedback.file=./empty": "streams.feedback.file: .* holds no file whose name ends in",

@@ -142,9 +142,16 @@ def test_a_link_inside_the_directory_is_followed(tmp_path: Path) -> None:
     [
         ("", "there is no function build in model.py"),
         ("build = 3\n", "build is int; expected a function"),
-        ("def build(size):\n    return size\n", "build needs arguments"),
+        (
+            "def build(size):\n    return size\n",
+            "./model.py:build needs arguments; expected a function that takes none",
+        ),
         ("def build():\n    return 3\n", "gave int; expected a torch.nn.Module"),
         ("def build():\n    raise ValueError('too small')\n", "raised ValueError: too small (model.py, line 2)"),
+        (
+            "from torch import nn\ndef build():\n    return nn.Sequential(\n        nn.Conv2d(3, 4, 2, groups=2))\n",
+            "in_channels must be divisible by groups (model.py, line 4)",
+        ),
         ("import adaptd_test_absent\n", "no module is named 'adaptd_test_absent'"),
         ("def build(:\n", "model.py raised SyntaxError: "),
         ("1 / 0\n", "model.py raised ZeroDivisionError: division by zero (model.py, line 1)"),
@@ -153,6 +160,12 @@ def test_a_link_inside_the_directory_is_followed(tmp_path: Path) -> None:
 def test_a_factory_that_fails_is_told(tmp_path: Path, text: str, told: str) -> None:
     write(tmp_path, text)
     assert told in refusal("./model.py:build", tmp_path)
+
+
+@pytest.mark.parametrize("spec", ["../mine/model.py:build", "/etc/model.py:build"])
+def test_a_file_that_is_not_beside_the_policy_is_told_to_be_put_there(tmp_path: Path, spec: str) -> None:
+    told = refusal(spec, tmp_path)
+    assert f"'{spec}' lies outside the directory of the policy file; put the file there, './model.py:build'" in told
 
 
 def test_a_missing_file_is_told(tmp_path: Path) -> None:
@@ -181,7 +194,11 @@ def test_shared_tensors_and_batch_counters_may_be_left_out_of_a_weights_file(tmp
 @pytest.mark.parametrize(
     ("tensors", "told"),
     [
-        ({"weight": torch.zeros(3, 4)}, "bias is not in it"),
+        ({"weight": torch.zeros(3, 4)}, "bias is not in it; save the weights of the model that"),
+        (
+            {"net.weight": torch.zeros(3, 4), "net.bias": torch.zeros(3)},
+            "bias is not in it, but net.bias is (4 names differ); save the weights of the model",
+        ),
         ({"weight": torch.zeros(3, 4), "bias": torch.zeros(3), "more": torch.zeros(1)}, "the model has no more"),
         ({"weight": torch.zeros(3, 5), "bias": torch.zeros(3)}, "size mismatch for weight"),
     ],
@@ -195,8 +212,18 @@ def test_weights_of_another_model_are_told(tmp_path: Path, tensors: dict[str, to
 
 
 def test_a_weights_file_that_is_missing_or_damaged_is_told(tmp_path: Path) -> None:
-    with pytest.raises(PolicyFileError, match=r"model\.weights: there is no file"):
+    with pytest.raises(PolicyFileError, match=r"model\.weights: there is no file .*; check the path"):
         load_weights(nn.Linear(4, 3), tmp_path / "gone.safetensors")
     (tmp_path / "bad.safetensors").write_bytes(b"no tensors here, and long enough to have a header")
-    with pytest.raises(PolicyFileError, match=r"bad\.safetensors is not a safetensors file"):
+    with pytest.raises(PolicyFileError, match=r"bad\.safetensors is not a .*save_file\(model\.state_dict\(\)"):
         load_weights(nn.Linear(4, 3), tmp_path / "bad.safetensors")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_of_a_file_that_torch_saved_the_way_to_safetensors_is_told(tmp_path: Path, *, zipped: bool) -> None:
+    model = nn.Linear(4, 3)
+    torch.save(model.state_dict(), tmp_path / "w.pt", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(PolicyFileError) as caught:
+        load_weights(model, tmp_path / "w.pt")
+    how = "make one with safetensors.torch.save_file(torch.load('w.pt', weights_only=True), 'model.safetensors')"
+    assert str(caught.value).endswith(how)
