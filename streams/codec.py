@@ -7,6 +7,7 @@ little-endian on every machine.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
@@ -237,13 +238,14 @@ def dead_letter(record: Record, reason: str, message: str, stage: str) -> Messag
         stage: Where it was refused, for example ``decode``.
 
     Returns:
-        Key, value and headers as they were, with headers ``__adaptd.errors.*`` after them, in UTF-8 text.
+        Key, value and headers as they were, with headers ``__adaptd.errors.*`` after them, in UTF-8 text; without
+        ``timestamp`` where the stream has none.
     """
-    errors = {
+    errors: dict[str, object] = {
         "topic": record.stream,
         "partition": record.partition,
         "offset": record.offset,
-        "timestamp": record.timestamp,
+        **({"timestamp": record.timestamp} if math.isfinite(record.timestamp) else {}),
         "stage": stage,
         "reason": reason,
         "message": message,

@@ -26,6 +26,8 @@ class FileSink:
     line is a JSON object of all there is: ``key`` and ``value`` in base64 (``key`` may be null), ``headers`` as a list
     of name and base64, and ``errors``, what the headers of a dead letter say, in plain text.
 
+    A file that is not there is made with the permissions that the umask leaves, as others read it.
+
     Args:
         path: The file; its folder must exist.
         envelope: Write whole messages rather than values; for dead letters.
@@ -67,7 +69,7 @@ class FileSink:
         """
         self.close()
         try:
-            self._fd = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            self._fd = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._repair()
             sync_directory(self._path.parent)

@@ -383,6 +383,12 @@ def test_a_dead_letter_keeps_the_record_and_tells_its_origin() -> None:
     )
 
 
+def test_a_dead_letter_of_a_stream_without_timestamps_names_none() -> None:
+    names = [name for name, _ in dead_letter(record(b"{", math.nan), "not_json", "bad", "decode").headers]
+    assert "__adaptd.errors.offset" in names
+    assert "__adaptd.errors.timestamp" not in names
+
+
 def test_the_reasons_are_a_frozen_set_of_metric_labels() -> None:
     assert {str(reason) for reason in Reason} == {
         "too_large", "not_utf8", "not_json", "nesting", "duplicate_key", "not_finite", "framing", "kind", "version",

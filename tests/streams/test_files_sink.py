@@ -1,5 +1,6 @@
 import json
 import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,21 @@ def test_a_torn_last_record_is_cut_off_and_counted_wherever_it_is_torn(tmp_path:
         sink.close()
         assert path.read_bytes() == whole
         assert sink.repaired == end - start
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
+def test_a_new_file_has_the_permissions_that_the_umask_leaves_and_an_old_one_keeps_its_own(
+    tmp_path: Path, umask: int, mode: int
+) -> None:
+    (tmp_path / "old.jsonl").touch(0o640)
+    (tmp_path / "old.jsonl").chmod(0o640)
+    before = os.umask(umask)
+    try:
+        for name in ("new.jsonl", "old.jsonl"):
+            opened(tmp_path / name).close()
+    finally:
+        os.umask(before)
+    assert [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("new.jsonl", "old.jsonl")] == [mode, 0o640]
 
 
 @pytest.mark.parametrize("tail", [bytes(50), frame_of(b"two")[:-1] + b"x"])
