@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +18,7 @@ from engine import __version__
 from engine.errors import AdaptdError, StorageError, UsageError
 
 app = typer.Typer(name="adaptd", no_args_is_help=True, add_completion=False, help="Online adaptation engine.")
-checkpoints = typer.Typer(no_args_is_help=True, help="Look at checkpoints.")
+checkpoints = typer.Typer(no_args_is_help=True, help="Look at checkpoints, and take weights out.")
 app.add_typer(checkpoints, name="checkpoint")
 
 PolicyArgument = Annotated[str, typer.Argument(metavar="POLICY", help="A policy file, or the name of a preset.")]
@@ -223,6 +224,34 @@ def checkpoint_verify(
         raise StorageError(f"{bad} of {len(names)} checkpoints cannot be used; a start passes over them")
     if torn:
         raise StorageError(f"{torn} journals are damaged; only checkpoints newer than those can be restored")
+
+
+class Weights(StrEnum):
+    """Which weights of a checkpoint to write."""
+
+    release = "release"
+    live = "live"
+
+
+@checkpoints.command("export")
+def checkpoint_export(
+    state: StateArgument,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The safetensors file to write.")],
+    weights: Annotated[
+        Weights, typer.Option(help="The release in force, or the live weights, which are what answers.")
+    ] = Weights.release,
+    name: Annotated[
+        str | None, typer.Option("--checkpoint", help="Its name or number; the newest if none is named.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
+) -> None:
+    """Write the weights of a checkpoint to a file, checked against its manifest; a daemon may be running."""
+    from engine.checkpoint.export import export
+
+    store = _store(state)
+    found = export(store, _name(store, name), weights.value, file, force=force)
+    what = f"release {found.release}" if weights is Weights.release else f"live weights after {found.step} updates"
+    out(f"wrote {file}: {what}, {found.tensors} tensors, from {found.name}")
 
 
 def _version(asked: bool) -> None:

@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 
 import pytest
 import structlog
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from engine import __version__, cli
 from engine.admin import bind
@@ -345,6 +347,60 @@ def test_of_several_checkpoints_every_one_is_verified(project: Path, adaptd: Ada
     assert ended.code == 74
     assert "ckpt-000000000000: good" in ended.out
     assert "1 of 2 checkpoints cannot be used" in ended.err
+
+
+def test_release_and_live_weights_are_exported_and_serve_as_weights_of_a_policy(project: Path, adaptd: Adaptd) -> None:
+    assert adaptd("run", project / "policy.yaml").code == 0
+    state, newest = project / "state", max((project / "state").glob("ckpt-*"))
+    for which, part in (("release", "release"), ("live", "model")):
+        file = project / f"{which}.safetensors"
+        ended = adaptd("checkpoint", "export", state, file, "--weights", which)
+        assert (ended.code, ended.err) == (0, "")
+        assert f"tensors, from {newest.name}" in ended.out
+        found, kept = load_file(file), load_file(newest / f"{part}.safetensors")
+        assert found.keys() == kept.keys()
+        assert all(torch.equal(found[name], kept[name]) for name in kept)
+        again = ("--data", project / "events.jsonl", "--set", f"model.weights={file}")
+        assert adaptd("backtest", project / "policy.yaml", *again).code == 0
+    default = adaptd("checkpoint", "export", state, project / "first.safetensors", "--checkpoint", "0")
+    assert "release 0, 9 tensors, from ckpt-000000000000" in default.out
+    assert not [*project.glob(".*")]
+
+
+def test_an_export_overwrites_nothing_unless_told_to(project: Path, adaptd: Adaptd) -> None:
+    assert adaptd("run", project / "policy.yaml").code == 0
+    file = project / "mine.safetensors"
+    file.write_text("mine")
+    ended = adaptd("checkpoint", "export", project / "state", file)
+    assert (
+        ended.code,
+        "exists and is left as it is; choose another name, or replace it with --force" in ended.err,
+    ) == (
+        2,
+        True,
+    )
+    assert file.read_text() == "mine"
+    assert adaptd("checkpoint", "export", project / "state", file, "--force").code == 0
+    assert load_file(file)
+
+
+def test_an_export_that_cannot_be_made_is_told_and_leaves_nothing(project: Path, adaptd: Adaptd) -> None:
+    state = project / "state"
+    assert adaptd("checkpoint", "export", state, project / "a").code == 2
+    state.mkdir()
+    ended = adaptd("checkpoint", "export", state, project / "a")
+    assert (ended.code, "holds no checkpoints" in ended.err) == (2, True)
+    state.rmdir()
+    assert adaptd("run", project / "policy.yaml").code == 0
+    ended = adaptd("checkpoint", "export", state, project / "no" / "a")
+    assert (ended.code, "cannot be written: No such file or directory; choose" in ended.err) == (74, True)
+    ended = adaptd("checkpoint", "export", state, project)
+    assert (ended.code, "is a directory; name a file in it" in ended.err) == (2, True)
+    newest = max(state.glob("ckpt-*"))
+    (newest / "release.safetensors").write_bytes(b"damaged")
+    ended = adaptd("checkpoint", "export", state, project / "a")
+    assert (ended.code, f"{newest.name} cannot be used: release.safetensors" in ended.err) == (74, True)
+    assert not (project / "a").exists()
 
 
 # -- the state directory ------------------------------------------------------------------------------------------
