@@ -56,11 +56,16 @@ bytes or a number with a unit: `256MB`, `64MiB`. Paths are relative to the polic
 to the current directory.
 """
 
+_METHODS: Final = """
+A method is written `{method: NAME}`, with its parameters beside the name. A bare `NAME` stands for the same without
+parameters, in lists too: `adaptation: tent`, `safeguards: [finite, {method: replay, capacity: 5000}]`.
+"""
+
 
 def reference() -> str:
     """The whole page."""
     parts = [_HEAD, *_section("", Policy, "Top level"), "\n## Methods\n"]
-    parts.append("\nA method is written `{method: NAME}`, with its parameters beside the name.\n")
+    parts.append(_METHODS)
     for kind, title in _KINDS.items():
         parts.append(f"\n### {title}\n")
         for name in registry.METHODS[kind]:
