@@ -49,7 +49,7 @@ interpolation: {method: linear}
 gate: {method: flips, budget: 0.01}
 metrics: {port: 9464}
 """
-"""The policy that the documentation shows, word for word."""
+"""The policy that README.md shows, with a method that takes steps in place of `auto`."""
 
 SMALL = """\
 version: 1
