@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from benchmarks.results import DIRECTORY
-from benchmarks.tta_table import BEGIN, END, README, markdown, replaced, summary
+from benchmarks.tta_table import BEGIN, END, README, markdown, replaced, section, summary
 
 
 def cell(error: float, source: float, images: int = 200) -> dict[str, Any]:
@@ -53,6 +53,19 @@ def test_the_table_tells_fewer_images_refusals_and_what_there_was_no_time_for() 
     assert "| `sar` | 66.0 | 27.0 (41.0) | +21.0 (correlated) | 0.20 | 0.25 (80 %) | 7 |" in text
     assert "| `bn` | - | no time | - | - | 1.00 | - |" in text
     assert "No time was left for: cells iid bn." in text
+
+
+def test_the_table_of_the_readme_has_few_rows_and_columns_and_says_how_auto_does() -> None:
+    found = result()
+    found["results"]["cells"]["correlated"]["auto"] = cell(46, 45)
+    found["results"]["cells"]["correlated"]["foa"] = cell(44, 45)
+    found["results"]["summary"] = summary(found["results"], ["none", "auto", "sar", "foa"])
+    text = section(found)
+    assert "| method | correlated | iid | worst regret | speed |" in text
+    assert "| `sar` | 66.0 | 27.0 (41.0) | +21.0 (correlated) | 0.20 |" in text
+    assert "foa" not in text
+    assert "`auto` is on none of 1 streams more than 1.0 points worse than the source model." in text
+    assert "All 4 methods on all 2 streams" in text
 
 
 def test_a_readme_without_marks_is_refused() -> None:
