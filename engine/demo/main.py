@@ -156,7 +156,8 @@ def _prepare(directory: Path, events: int, seed: int, console: Console) -> strea
     try:
         digits = streams.load_digits()
     except ImportError as error:
-        raise UsageError("the demonstration needs its extra: pip install 'adaptd[demo]'") from error
+        text = "the demonstration needs its extra: pip install 'adaptd[demo]', or in a checkout '.[demo]'"
+        raise UsageError(text) from error
     stream = streams.make_stream(digits, events, seed=seed)
     told = directory / "demo.json"
     if told.exists():
