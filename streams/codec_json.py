@@ -271,7 +271,7 @@ def _inputs(value: object, spec: InputSpec) -> bytes:
     level = [value]
     for size in spec.shape:
         if set(map(type, level)) != {list} or set(map(len, cast("list[list[Any]]", level))) != {size}:
-            raise BadRecord(Reason.SHAPE, f"inputs must be lists of shape {list(spec.shape)}, or a tensor object")
+            raise BadRecord(Reason.SHAPE, spec.unlike(value))
         level = list(chain.from_iterable(cast("list[list[Any]]", level)))
     return _pack(level, spec)
 

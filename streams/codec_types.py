@@ -121,6 +121,18 @@ class InputSpec:
         """Packs the elements of one event, little-endian."""
         return struct.Struct(f"<{self.count}{DTYPE_FORMATS[self.dtype.name][1]}")
 
+    def unlike(self, value: object) -> str:
+        """Say how parsed JSON differs from the nested lists that were expected, by the first list of each level."""
+        sizes: list[int] = []
+        first = value
+        while type(first) is list:
+            sizes.append(len(first))
+            first = first[0] if first else None
+        found = f"lists of shape {sizes}" if sizes else type(value).__name__
+        if sizes == list(self.shape):
+            found = "lists that differ among themselves"
+        return f"inputs must be lists of shape {list(self.shape)}, or a tensor object, not {found}"
+
 
 class Event(NamedTuple):
     """A decoded data record."""

@@ -121,6 +121,21 @@ def test_feedback_carries_a_label_or_a_reward_and_maybe_inputs(form: Form) -> No
     assert reward[:5] == ("b", None, -0.5, 9.0, inputs.tobytes())
 
 
+@pytest.mark.parametrize(
+    ("inputs", "found"),
+    [
+        ([1, 2, 3, 4, 5], "not lists of shape [5]"),
+        ([[[1, 2, 3]], [[4, 5, 6]]], "not lists of shape [2, 1, 3]"),
+        ([[1, 2, 3], [4, 5]], "not lists that differ among themselves"),
+        ([], "not lists of shape [0]"),
+        ("abc", "not str"),
+    ],
+)
+def test_of_inputs_of_another_shape_it_is_told_what_came(inputs: object, found: str) -> None:
+    _, [(_, fault)] = decode_events([record(event_with(inputs=inputs))], PIXELS)
+    assert fault.message == f"inputs must be lists of shape [2, 3], or a tensor object, {found}"
+
+
 HOSTILE_EVENTS = [
     (b"", Reason.NOT_JSON),
     (b"\x00" * 64, Reason.NOT_JSON),
