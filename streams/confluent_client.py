@@ -9,7 +9,7 @@ from base64 import urlsafe_b64decode
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from confluent_kafka import Consumer, KafkaError, KafkaException, TopicCollection
+from confluent_kafka import KafkaError, KafkaException, TopicCollection
 from confluent_kafka.admin import AdminClient
 from confluent_kafka.admin._config import ConfigResource
 
@@ -252,16 +252,18 @@ def _identity(admin: AdminClient, topic: str, timeout: float) -> str:
     return as_uuid(str(described.topic_id or ""))
 
 
-def identities(client: Consumer, settings: KafkaSettings, topics: Sequence[str], timeout: float) -> dict[str, str]:
+def identities(settings: KafkaSettings, topics: Sequence[str], timeout: float) -> dict[str, str]:
     """Ask the cluster for the ids of topics, each request within ``timeout`` seconds; empty where it tells none.
+
+    On a connection of its own: on that of a consumer, requests wait behind a fetch that waits for records.
 
     Raises:
         KafkaException: It does not answer, or has no such topic at present.
     """
-    told = client.list_topics(topics[0], timeout)
+    admin = make(AdminClient, admin_config(settings))
+    told = admin.list_topics(topics[0], timeout=timeout)
     if told.controller_id not in told.brokers:
         return {}
-    admin = make(AdminClient, admin_config(settings))
     asked = admin.describe_topics(TopicCollection(list(topics)), request_timeout=timeout)
     described: dict[str, Any] = {topic: future.result(timeout=timeout + 1) for topic, future in asked.items()}
     found = {topic: as_uuid(str(told.topic_id or "")) for topic, told in described.items()}

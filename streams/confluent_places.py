@@ -160,7 +160,7 @@ class Places:
             self.membership = Membership(consumer.consumer_group_metadata(), member_id, placed=False)
         partitions = self.unplaced or ()
         found = look_up(consumer, partitions, group=self._group, member=self._member, timeout=timeout)
-        self._check_identities(consumer, timeout)
+        self._check_identities(timeout)
         more = bool(self.positions) and not self.kept
         if self.kept and not self._is_as_before(found):
             membership = self.membership
@@ -178,9 +178,9 @@ class Places:
         consumer.resume(placed)  # librdkafka remembers what was paused of a partition that comes back
         (consumer.incremental_assign if more else consumer.assign)(placed)
 
-    def _check_identities(self, consumer: Consumer, timeout: float) -> None:
+    def _check_identities(self, timeout: float) -> None:
         """Remember which topics these are, and that none has become another of its name; one request for all."""
-        for topic, now in identities(consumer, self._settings, self._topics, timeout).items():
+        for topic, now in identities(self._settings, self._topics, timeout).items():
             before = self._identities.setdefault(topic, now)
             if before != now:
                 raise StreamError(
@@ -211,7 +211,7 @@ class Places:
             return
         self._next_look = CLOCK.monotonic() + GROWTH_INTERVAL
         timeout = min(PLACING_TIMEOUT, self._settings.timeout)
-        self._check_identities(consumer, timeout)
+        self._check_identities(timeout)
         found = {topic: consumer.list_topics(topic, timeout).topics[topic].partitions for topic in self._topics}
         known = {(topic, n) for topic, numbers in found.items() for n in numbers}
         new = sorted(known - self.positions.keys())
