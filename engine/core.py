@@ -125,6 +125,7 @@ class Core:
         self._reset_due = False
         self._batch: tuple[Batch, Tensor, Answers] | None = None
         self._updates = type(methods.adaptation).update is not Adaptation.update
+        self._hears = type(methods.adaptation).labelled is not Adaptation.labelled
 
     @property
     def watermark(self) -> float:
@@ -245,18 +246,22 @@ class Core:
         self.joins.drop(data, feedback)
 
     def _joined(self, rows: Sequence[Joined]) -> None:
-        """Sort joined rows into those to learn from and those to audit."""
+        """Sort joined rows into those to learn from and those to audit; adaptation hears of all."""
+        usable: list[tuple[str, int, str | None]] = []
         for row in rows:
             label = self._label_of(row)
             if label is None:
                 self.counts["unusable_labels"] += 1
                 continue
             row = row._replace(label=label)
+            usable.append((row.id, label, row.group))
             self.counts["labels"] += 1
             if held_out(row.id, self.settings.audit_share):
                 self._to_audit.append(row)
             elif self.learner.enabled:
                 self._to_learn.append(row)
+        if usable and self._hears:
+            self.methods.adaptation.labelled(*zip(*usable, strict=True))
 
     def _label_of(self, row: Joined) -> int | None:
         """The class that feedback names. A positive reward confirms the class that was answered."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -61,7 +61,7 @@ class Batch:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def rows(self, keep: Tensor) -> Batch:
+    def rows(self, keep: Tensor) -> Self:
         """The rows at the indices ``keep`` ``(n,)`` int64 on the CPU."""
         chosen = keep.tolist()
         return replace(
@@ -87,15 +87,10 @@ class LabelledBatch(Batch):
     feedback_times: Tensor
     predicted: Tensor
 
-    def rows(self, keep: Tensor) -> LabelledBatch:
+    def rows(self, keep: Tensor) -> Self:
         """The rows at the indices ``keep`` ``(n,)`` int64 on the CPU."""
-        head = Batch.rows(self, keep)
         return replace(
-            self,
-            ids=head.ids,
-            inputs=head.inputs,
-            times=head.times,
-            groups=head.groups,
+            Batch.rows(self, keep),
             labels=self.labels[keep.to(self.labels.device)],
             feedback_times=self.feedback_times[keep],
             predicted=self.predicted[keep],
@@ -219,6 +214,12 @@ class Adaptation(Method):
 
     def learned(self, before: Weights, after: Weights) -> None:
         """Hear that a labelled step moved live parameters from ``before`` to ``after`` (changed names alone)."""
+
+    def labelled(self, ids: Sequence[str], labels: Sequence[int], groups: Sequence[str | None]) -> None:
+        """Hear usable labels of events, and their groups, as they join; a job may be under way, so only take note.
+
+        Held-out rows are among them: fit no weights to these labels.
+        """
 
     def reset(self) -> None:
         """Return the live model to the source model's weights and forget everything."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from policies.auto_params import AutoParams
+from policies.auto_params import PRIOR_ROWS, SLOWEST, AutoParams
 from policies.chain import Array
 from policies.detectors import (
     Adwin,
@@ -104,6 +104,16 @@ class StreamView:
     def alike(self) -> bool:
         """Whether rows are so alike that their errors are too."""
         return self.likeness >= self._params.alike
+
+    @property
+    def slowness(self) -> float:
+        """By how much to learn statistics slower, which is the more the longer nothing has moved."""
+        return min(max(1.0, self.steady * self._params.common_rate), SLOWEST)
+
+    def share(self, rows: int) -> float:
+        """The share of a batch of so many rows in the statistics to normalise with."""
+        balance = max(0.0, 1 - self.imbalance / self._params.imbalance)
+        return self._params.share * balance * rows / (rows + PRIOR_ROWS)
 
     @property
     def full(self) -> bool:

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from kernels import softmax_entropy
-from policies.auto_params import BUNCHED, COMPARED, EVENED, FIRST_PROBE, PRIOR_ROWS, SLOWEST, AutoParams
+from policies.auto_params import BUNCHED, COMPARED, EVENED, FIRST_PROBE, AutoParams
 from policies.chain import ClassChain
-from policies.gradient import Anchor
-from policies.interfaces import Adaptation, Batch, Context, Outcome, State, StepKind, Verdict, Weights
+from policies.hindsight import Hindsight
+from policies.interfaces import Adaptation, Batch, Context, Outcome, State, Verdict, Weights
 from policies.memory import fastest
 from policies.modes import Calm, Part, Probe, Switch, Switches, Trials
 from policies.moments import StreamStatistics
-from policies.norm import only_require_grad
-from policies.optimizers import load_optimizer_state, optimizer_state
+from policies.passes import Passes
 from policies.safeguards.collapse import Collapse
 from policies.streamview import StreamView
 
@@ -68,36 +67,35 @@ class Auto(Adaptation):
     def __init__(self, params: Params, context: Context) -> None:
         super().__init__(params, context)
         self.params = params
-        self._named = params.selected(context.model)
-        self.adapted = frozenset(self._named)
-        self._optimizer = params.built(list(self._named.values())) if self._named else None
         self._statistics = StreamStatistics(
             context, common_rate=params.common_rate, offset_rate=params.offset_rate, window=params.window
         )
         self._chain = ClassChain(context.num_classes)
         self._view = StreamView(context, params, own=not len(self._statistics))
+        self._passes = Passes(context, params, self._statistics)
+        self.adapted = frozenset(self._passes.named)
+        self._hindsight = Hindsight(params.window, params.rest)
         self._trials = Trials(context.num_classes, params.window, params.worse, params.patience + 1)
         self._probe = Probe(params.window // 2, params.sure, params.gain)
         self._calm = Calm(params.risen, FIRST_PROBE)
         self._moved = Switch("adapting", params.moved, params.patience)
-        self._anchor = Anchor(context, self.adapted)
         self._mixed = Switch("caution with mixed groups", BUNCHED / context.num_classes, params.patience)
         self._correlated = Switch("correction by the class chain", params.persistence, params.patience)
         self._imbalanced = Switch("caution with imbalanced batches", params.imbalance, params.patience)
         self._switches = Switches(
             adapting=self._moved, correlated=self._correlated, imbalanced=self._imbalanced, mixed=self._mixed
         )
-        _log.info("adaptation 'auto' finds %d BatchNorm layers, %d parameters", len(self._statistics), len(self._named))
+        _log.info(
+            "adaptation 'auto' finds %d BatchNorm layers, %d parameters", len(self._statistics), len(self.adapted)
+        )
         self._start()
 
     def _start(self) -> None:
         self._floor = Collapse(Collapse.Params(share=1 / 16), self.context)
         self._probe.begin()
         self._batches = 0
-        self._stepped = self._fallen = False
+        self._fallen = False
         self._rest = self._falls = 0
-        self._waiting: tuple[Tensor, float] | None = None
-        self._graph: Tensor | None = None
         self._publish()
 
     @property
@@ -106,11 +104,11 @@ class Auto(Adaptation):
             "statistics": self._statistics,
             "chain": self._chain,
             "view": self._view,
-            "anchor": self._anchor,
             "trials": self._trials,
             "probe": self._probe,
             "calm": self._calm,
             "switches": self._switches,
+            "hindsight": self._hindsight,
         }
 
     @property
@@ -120,98 +118,78 @@ class Auto(Adaptation):
     def _adapt(self, batch: Batch) -> Tensor:
         inputs = fastest(batch.inputs)
         self._batches += 1
-        share = self._share(len(batch)) if self._adapting else 0.0
+        share = self._view.share(len(batch)) if self._adapting and not self._mixed.on else 0.0
         if self._adapting and len(self._statistics) and self._trials.due(len(batch)):
-            logits = self._try(inputs, share)
+            logits = self._try(batch.ids, inputs, share)
         elif self._step_due(share):
-            self._waiting = (inputs, share)
-            logits = self._graph = self._forward(inputs, share, measure=True)
+            logits = self._passes.for_step(inputs, share)
         else:
             logits = self._plain(inputs, share)
-            if self._probing and self._probe.trying:
-                chosen = self._probe.choose(len(batch))
-                if len(inputs[chosen]):
-                    self._try_first(inputs[chosen], logits[chosen])
+            self._try_some(batch.ids, inputs, logits)
         return self._answer(batch, inputs, logits.detach())
+
+    def _try_some(self, ids: Sequence[str], inputs: Tensor, logits: Tensor) -> None:
+        """Answer some rows the other way too, where a probe or labels call for it."""
+        probe = self._probing and self._probe.trying
+        if not probe and not self._hindsight.arriving:
+            return
+        chosen = (self._probe if probe else self._hindsight).choose(len(inputs))
+        if len(inputs[chosen]):
+            (self._try_first if probe else self._try_for_labels)(ids[chosen], inputs[chosen], logits[chosen])
 
     @property
     def _probing(self) -> bool:
-        return len(self._statistics) > 0 and not self._moved.on and not self._rest and not self._view.alike
+        if not len(self._statistics) or self._moved.on or self._rest or self._view.alike:
+            return False
+        return not self._hindsight.adapting.resting
+
+    @property
+    def _following(self) -> bool:
+        """Whether statistics follow the stream, in force or to be judged by labels."""
+        return self._adapting or self._hindsight.arriving
 
     def _step_due(self, share: float) -> bool:
         """Whether this batch is to make a step."""
         cautious = self._imbalanced.on or self._mixed.on or self._view.alike
-        if not self._named or not self._adapting or cautious or self._batches % self.params.every:
+        if not self.adapted or not self._adapting or cautious or self._batches % self.params.every:
             return False
         return not len(self._statistics) or (share > 0 and self._trials.count >= self.params.patience)
 
-    @torch.no_grad()
     def _plain(self, inputs: Tensor, share: float) -> Tensor:
-        """Logits without gradients; moments are measured while adapting, and before it may begin."""
-        with self._statistics.measuring(self._adapting or (self._probing and self._probe.measuring)):
-            return self._normalised(inputs, share)
+        """Logits without gradients; moments are measured while adapting, and where it may begin."""
+        measure = self._following or (self._probing and self._probe.measuring)
+        return self._passes.plain(inputs, share, measure=measure)
 
-    @torch.no_grad()
-    def _try_first(self, inputs: Tensor, answered: Tensor) -> None:
+    def _try_first(self, ids: Sequence[str], inputs: Tensor, answered: Tensor) -> None:
         """Have the probe see rows, answered by the source model, with the statistics of the stream too."""
-        self._statistics.write(source=False)
-        other = self._normalised(inputs, 0.0)
-        self._statistics.write(source=True)
+        other = self._passes.with_statistics(inputs, source=False)
         good = answered.isfinite().all(1) & other.isfinite().all(1)
         self._probe.see(answered[good], other[good])
+        self._hindsight.compare(ids, other, answered)
 
-    @torch.no_grad()
-    def _try(self, inputs: Tensor, share: float) -> Tensor:
+    def _try(self, ids: Sequence[str], inputs: Tensor, share: float) -> Tensor:
         """Logits as in `_plain`; and a trial of the source model's statistics on the same rows.
 
         Steps make answers surer wherever they lead, so both sides of the trial have the weights of before any step.
         """
         logits = self._plain(inputs, share)
-        self._graph = None  # What follows changes weights and statistics in place; the step repeats its forward.
-        live = [parameter.clone() for parameter in self._named.values()] if self._stepped else []
-        if live:
-            self._anchor.restore(self._named)
-        ours = self._normalised(inputs, share) if live else logits
-        self._statistics.write(source=True)
-        other = self._normalised(inputs, 0.0)
-        self._statistics.write(source=False)
-        if live:
-            torch._foreach_copy_(list(self._named.values()), live)
+        with self._passes.before_steps():
+            ours = self._passes.plain(inputs, share) if self._passes.stepped else logits
+            other = self._passes.with_statistics(inputs, source=True)
         good = ours.isfinite().all(1) & other.isfinite().all(1)
         if bool(good.any()):
             self._trials.see(ours[good], other[good])
+        self._hindsight.compare(ids, logits, other)
         return logits
 
-    @property
-    def _slowness(self) -> float:
-        """By how much to learn statistics slower, which is the more the longer nothing has moved."""
-        return min(max(1.0, self._view.steady * self.params.common_rate), SLOWEST)
-
-    def _share(self, rows: int) -> float:
-        """The batch's share of the statistics to normalise with."""
-        if self._mixed.on:
-            return 0.0
-        balance = max(0.0, 1 - self._view.imbalance / self.params.imbalance)
-        return self.params.share * balance * rows / (rows + PRIOR_ROWS)
-
-    def _normalised(self, inputs: Tensor, share: float) -> Tensor:
-        """Logits with the batch's share of the statistics."""
-        if not share:
-            logits: Tensor = self.context.model(inputs)
-            return logits
-        self._statistics.blending.set_share(share)
-        with self._statistics.blending.active():
-            blended: Tensor = self.context.model(inputs)
-        return blended
-
-    def _forward(self, inputs: Tensor, share: float, *, measure: bool) -> Tensor:
-        """Logits with gradients of the adapted parameters."""
-        with (
-            torch.enable_grad(),
-            only_require_grad(self.context.model, self.adapted),
-            self._statistics.measuring(measure),
-        ):
-            return self._normalised(inputs, share)
+    def _try_for_labels(self, ids: Sequence[str], inputs: Tensor, answered: Tensor) -> None:
+        """Answer rows the other way too, while labels arrive that can tell which of both is right."""
+        if self._adapting:
+            with self._passes.before_steps():
+                other = self._passes.with_statistics(inputs, source=True)
+            self._hindsight.compare(ids, answered, other)
+        elif len(self._statistics):
+            self._hindsight.compare(ids, self._passes.with_statistics(inputs, source=False), answered)
 
     @torch.no_grad()
     def _answer(self, batch: Batch, inputs: Tensor, logits: Tensor) -> Tensor:
@@ -219,23 +197,25 @@ class Auto(Adaptation):
         good = logits.isfinite().all(1)
         safe = logits if bool(good.all()) else torch.where(good[:, None], logits, torch.zeros_like(logits))
         probabilities = safe.softmax(1)
-        posterior = self._chain.correct(probabilities.double().cpu().numpy(), batch.groups)
-        corrected = torch.from_numpy(posterior)
+        own = probabilities.double().cpu().numpy()
+        posterior = self._chain.correct(own, batch.groups)
+        self._hindsight.compare_chain(batch.ids, posterior, own)
         if self._correlated.on:
-            safe = corrected.log().to(logits)
+            safe = torch.from_numpy(posterior).log().to(logits)
         classes = safe.argmax(1)
         self._view.add(probabilities, classes, inputs, self._statistics.shallow(len(classes)))
         self._statistics.take(classes)
-        if self._stepped:
+        if self._passes.stepped:
             self._fallen |= self._floor.verdict(batch, logits) is Verdict.RESET
+        self._hindsight.answered(len(batch))
         return torch.where(good[:, None], safe, logits)
 
     def update(self) -> Outcome | None:
         """Step where one is due, learn statistics, and look at the stream once a window is full."""
-        outcome = self._step() if self._waiting is not None else None
+        outcome = self._passes.step() if self._passes.waiting else None
         if self._fallen:
             self._fall()
-        if self._statistics.learn(self._slowness if self._adapting else 1.0):
+        if self._statistics.learn(self._view.slowness if self._following else 1.0):
             self._probe.measured()
             if self._adapting:
                 self._statistics.write(source=False)
@@ -245,56 +225,63 @@ class Auto(Adaptation):
             self._look()
         return outcome
 
-    def _step(self) -> Outcome:
-        """One step that lowers the entropy of the batch that waits."""
-        assert self._waiting is not None
-        assert self._optimizer is not None
-        logits = self._graph
-        if logits is None:  # Weights have moved since it was answered, or this is a restart.
-            logits = self._forward(*self._waiting, measure=False)
-        self._waiting = self._graph = None
-        finite = logits.detach().isfinite().all(1)
-        with torch.enable_grad():
-            entropy = softmax_entropy(logits if bool(finite.all()) else logits[finite]).entropy
-            loss = entropy.mean() if len(entropy) else entropy.sum()
-        outcome = self.context.stepper.step(self.context.model, self._optimizer, loss, StepKind.ADAPTATION)
-        self._stepped |= outcome.applied
-        return outcome
-
     def _look(self) -> None:
         """Look at the window just full, and change what is to change."""
         self._view.look(self._chain.frequencies)
         self._rest = max(0, self._rest - 1)
-        self._correlated.see(0.0 if self._view.alike else self._chain.stay)
+        if self._hindsight.window_passed() and not self._moved.on:
+            self._statistics.reset()  # no labels come any more that they could be judged by
+        self._see_chain()
         self._imbalanced.see(self._view.imbalance)
-        if not len(self._statistics):
+        self._see_adapting()
+        self._see_bunching()
+        self._publish()
+
+    def _see_chain(self) -> None:
+        """Answer from the chain where labels say so, or else where classes persist."""
+        said = self._hindsight.chain.decide(self._correlated.on)
+        if said is None:
+            self._correlated.see(0.0 if self._view.alike else self._chain.stay)
+        else:
+            self._correlated.set(said, self._hindsight.chain.why)
+
+    def _see_adapting(self) -> None:
+        """Adapt, go back, or ask whether to, as labels say, or else as the stream does."""
+        said, why = self._hindsight.adapting.decide(self._moved.on), self._hindsight.adapting.why
+        if said is not None:
+            if said != self._moved.on:
+                self._begin(why) if said else self._settle(why)
+        elif not len(self._statistics):
             self._moved.see(self._view.feature_distance)
         elif not self._moved.on:
             if self._probe.idle and self._calm.over(self._view.entropy, self._view.moved):
                 self._probe.begin(anew=self._calm.risen)
         elif self._view.alike:
-            self._moved.set(False, f"rows are alike: {self._view.likeness:.3g}")
-            self._settle()
+            self._settle(f"rows are alike: {self._view.likeness:.3g}")
         elif self._adapting and self._trials.worse(by=-self.params.worse if self._mixed.on else self.params.worse):
-            self._moved.set(False, f"it costs information: {self._trials.loss:.3g} of the entropy")
-            self._settle()
-        self._see_bunching()
-        self._publish()
+            self._settle(f"it costs information: {self._trials.loss:.3g} of the entropy")
 
     def _decide(self) -> None:
         """Adapt, where a first step towards the statistics of the stream pays; else go on as before."""
         pays = self._probe.decide(caution=self._mixed.on)
         if pays:
-            self._trials.reset()
-            self._view.compare_anew()
-            self._statistics.write(source=False)
-            self._moved.set(True, f"it tells more: {self._probe.gain:.3g} of the entropy")
+            self._begin(f"it tells more: {self._probe.gain:.3g} of the entropy")
             return
-        self._statistics.reset()
+        if not self._following:
+            self._statistics.reset()
         # Few rows of classes in runs tell little, so that more of them are asked.
         self._calm.begin(soon=pays is None or self._correlated.on or self._imbalanced.on)
         if self._probe.promising:
             self._probe.begin()
+
+    def _begin(self, why: str) -> None:
+        """Adapt from now on."""
+        self._rest = 0
+        self._probe.reset()
+        self._trials.reset()
+        self._view.compare_anew()
+        self._statistics.write(source=False)
+        self._moved.set(True, why)
 
     def _see_bunching(self) -> None:
         """Take back what single batches taught, where classes are bunched and no chain of them explains it."""
@@ -305,21 +292,14 @@ class Auto(Adaptation):
             self._mixed.see(self._view.bunching * (EVENED if self._adapting and not before else 1))
         if self._mixed.on != before:
             self._view.compare_anew()
-            self._undo_steps()
+            self._passes.undo_steps()
 
-    def _undo_steps(self) -> None:
-        """Return to the weights of before any step."""
-        self._waiting = self._graph = None
-        self._stepped = False
-        self._anchor.restore(self._named)
-        if self._optimizer is not None:
-            self._optimizer.state.clear()
-
-    def _settle(self) -> None:
+    def _settle(self, why: str) -> None:
         """Return to the weights of before any step and to the source model's statistics."""
+        self._moved.set(False, why)
         self._calm.begin()
         self._view.compare_anew()
-        self._undo_steps()
+        self._passes.undo_steps()
         self._statistics.reset()
         self._statistics.write(source=True)
 
@@ -337,7 +317,7 @@ class Auto(Adaptation):
 
     def _publish(self) -> None:
         self.gauges |= {name: float(switch.on) for name, switch in self._switches.items()}
-        self.gauges |= self._view.gauges | self._floor.gauges
+        self.gauges |= self._view.gauges | self._floor.gauges | self._hindsight.gauges
         self.gauges |= {
             "changes": sum(switch.changes for switch in self._switches.values()) + self._falls,
             "resting": self._rest,
@@ -348,47 +328,45 @@ class Auto(Adaptation):
             "rows_rejected": self._statistics.rejected,
         }
 
+    def labelled(self, ids: Sequence[str], labels: Sequence[int], groups: Sequence[str | None]) -> None:
+        """Note what labels say; what follows from it is decided in `update`."""
+        self._hindsight.hear(ids, labels)
+
     def learned(self, before: Weights, after: Weights) -> None:
         """Drop the graph of the batch that waits, and move the weights of before any step along."""
-        self._graph = None
-        self._anchor.learned(before, after)
+        self._passes.learned(before, after)
 
     def reset(self) -> None:
         """Return to the source model and forget everything."""
         super().reset()
-        if self._optimizer is not None:
-            self._optimizer.state.clear()
+        self._passes.reset()
         for part in self._parts.values():
             part.reset()
         self._start()
 
     def detach(self) -> None:
         """Put the original BatchNorm layers back and remove hooks."""
-        self._waiting = self._graph = None
+        self._passes.forget()
         self._statistics.blending.undo()
         self._view.detach()
 
     def state_dict(self) -> State:
         """The state of all parts."""
-        waiting = None if self._waiting is None else dict(zip(("inputs", "share"), self._waiting, strict=True))
         return {
-            "optimizer": {} if self._optimizer is None else optimizer_state(self._optimizer, self._named),
+            "passes": self._passes.state_dict(),
             "floor": self._floor.state_dict(),
             "parts": {name: part.state_dict() for name, part in self._parts.items()},
-            "waiting": waiting,
-            "counts": [self._batches, self._rest, self._falls, int(self._stepped), int(self._fallen)],
+            "counts": [self._batches, self._rest, self._falls, int(self._passes.stepped), int(self._fallen)],
         }
 
     def load_state_dict(self, state: State) -> None:
         """Take over a copy of a state; a batch that waits goes through the model again at the next update."""
-        if self._optimizer is not None:
-            load_optimizer_state(self._optimizer, self._named, state["optimizer"])
         self._floor.load_state_dict(state["floor"])
         for name, part in self._parts.items():
-            part.load_state_dict(state["parts"][name])
-        self._graph = self._waiting = None
-        if (waiting := state["waiting"]) is not None:
-            self._waiting = (fastest(waiting["inputs"].to(self.context.device)), float(waiting["share"]))
+            if name in state["parts"]:  # hindsight came later than the others
+                part.load_state_dict(state["parts"][name])
         self._batches, self._rest, self._falls, stepped, fallen = map(int, state["counts"])
-        self._stepped, self._fallen = bool(stepped), bool(fallen)
+        self._fallen = bool(fallen)
+        before = {"anchor": state["parts"].get("anchor")} | state  # what kept `passes` and their anchor apart
+        self._passes.load_state_dict(state.get("passes", before), bool(stepped))
         self._publish()

@@ -163,6 +163,16 @@ class PerGroup(Adaptation):
         if now:
             self._shown[group] = now
 
+    def labelled(self, ids: Sequence[str], labels: Sequence[int], groups: Sequence[str | None]) -> None:
+        """Hand labels on to the methods of the rows' groups, where these are held."""
+        places: dict[str | None, list[int]] = {}
+        for row, group in enumerate(groups):
+            places.setdefault(group, []).append(row)
+        for group, rows in places.items():
+            if group in self._held:
+                chosen = [ids[row] for row in rows], [labels[row] for row in rows]
+                self._held[group].labelled(*chosen, [group] * len(rows))
+
     def learned(self, before: Weights, after: Weights) -> None:
         """Hand on that parameters have moved."""
         for method in self._held.values():
