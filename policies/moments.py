@@ -193,9 +193,12 @@ class StreamStatistics:
         self._classes.append(classes.to(rows.device))
 
     @torch.no_grad()
-    def learn(self, slowness: float = 1.0) -> int:
-        """Learn from what was taken, if it makes a window, at rates so many times smaller; how many rows it was."""
-        count = sum(map(len, self._rows))
+    def learn(self, slowness: float = 1.0, each: int = 1) -> int:
+        """Learn from what was taken, if it makes a window, at rates so many times smaller; how many rows it was.
+
+        Rows stand for ``each`` rows of the stream.
+        """
+        count = each * sum(map(len, self._rows))
         if count < self._window:
             return 0
         rows, classes = torch.cat(self._rows), torch.cat(self._classes)

@@ -57,11 +57,11 @@ class Passes:
             return self._normalised(inputs, share)
 
     @torch.no_grad()
-    def with_statistics(self, inputs: Tensor, *, source: bool) -> Tensor:
+    def with_statistics(self, inputs: Tensor, *, source: bool, measure: bool = False) -> Tensor:
         """With the source model's statistics where those of the stream are in force, or the other way round."""
         self._statistics.write(source=source)
         try:
-            return self._normalised(inputs, 0.0)
+            return self.plain(inputs, 0.0, measure=measure)
         finally:
             self._statistics.write(source=not source)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from policies.auto_params import BUNCHED, COMPARED, EVENED, FIRST_PROBE, AutoParams
 from policies.chain import ClassChain
-from policies.hindsight import Hindsight
+from policies.hindsight import EVERY, Hindsight
 from policies.interfaces import Adaptation, Batch, Context, Outcome, State, Verdict, Weights
 from policies.memory import fastest
 from policies.modes import Calm, Part, Probe, Switch, Switches, Trials
@@ -119,14 +119,18 @@ class Auto(Adaptation):
         inputs = fastest(batch.inputs)
         self._batches += 1
         share = self._view.share(len(batch)) if self._adapting and not self._mixed.on else 0.0
-        if self._adapting and len(self._statistics) and self._trials.due(len(batch)):
+        tried = self._adapting and len(self._statistics) > 0 and self._trials.due(len(batch))
+        if tried:
             logits = self._try(batch.ids, inputs, share)
         elif self._step_due(share):
             logits = self._passes.for_step(inputs, share)
         else:
             logits = self._plain(inputs, share)
+        answer = self._answer(batch, inputs, logits.detach())
+        if not tried and not self._passes.waiting:  # or its graph would be lost
             self._try_some(batch.ids, inputs, logits)
-        return self._answer(batch, inputs, logits.detach())
+        self._hindsight.answered(len(batch))
+        return answer
 
     def _try_some(self, ids: Sequence[str], inputs: Tensor, logits: Tensor) -> None:
         """Answer some rows the other way too, where a probe or labels call for it."""
@@ -144,9 +148,9 @@ class Auto(Adaptation):
         return not self._hindsight.adapting.resting
 
     @property
-    def _following(self) -> bool:
-        """Whether statistics follow the stream, in force or to be judged by labels."""
-        return self._adapting or self._hindsight.arriving
+    def _shadowing(self) -> bool:
+        """Whether statistics follow the stream by the rows alone that labels are to judge them by."""
+        return self._hindsight.arriving and not self._moved.on
 
     def _step_due(self, share: float) -> bool:
         """Whether this batch is to make a step."""
@@ -157,7 +161,7 @@ class Auto(Adaptation):
 
     def _plain(self, inputs: Tensor, share: float) -> Tensor:
         """Logits without gradients; moments are measured while adapting, and where it may begin."""
-        measure = self._following or (self._probing and self._probe.measuring)
+        measure = self._adapting or (self._probing and self._probe.measuring and not self._shadowing)
         return self._passes.plain(inputs, share, measure=measure)
 
     def _try_first(self, ids: Sequence[str], inputs: Tensor, answered: Tensor) -> None:
@@ -189,7 +193,9 @@ class Auto(Adaptation):
                 other = self._passes.with_statistics(inputs, source=True)
             self._hindsight.compare(ids, answered, other)
         elif len(self._statistics):
-            self._hindsight.compare(ids, self._passes.with_statistics(inputs, source=False), answered)
+            other = self._passes.with_statistics(inputs, source=False, measure=True)
+            self._statistics.take(other.argmax(1))
+            self._hindsight.compare(ids, other, answered)
 
     @torch.no_grad()
     def _answer(self, batch: Batch, inputs: Tensor, logits: Tensor) -> Tensor:
@@ -207,7 +213,6 @@ class Auto(Adaptation):
         self._statistics.take(classes)
         if self._passes.stepped:
             self._fallen |= self._floor.verdict(batch, logits) is Verdict.RESET
-        self._hindsight.answered(len(batch))
         return torch.where(good[:, None], safe, logits)
 
     def update(self) -> Outcome | None:
@@ -215,7 +220,8 @@ class Auto(Adaptation):
         outcome = self._passes.step() if self._passes.waiting else None
         if self._fallen:
             self._fall()
-        if self._statistics.learn(self._view.slowness if self._following else 1.0):
+        slowness = self._view.slowness if self._adapting or self._shadowing else 1.0
+        if self._statistics.learn(slowness, EVERY if self._shadowing else 1):
             self._probe.measured()
             if self._adapting:
                 self._statistics.write(source=False)
@@ -267,7 +273,7 @@ class Auto(Adaptation):
         if pays:
             self._begin(f"it tells more: {self._probe.gain:.3g} of the entropy")
             return
-        if not self._following:
+        if not self._shadowing:
             self._statistics.reset()
         # Few rows of classes in runs tell little, so that more of them are asked.
         self._calm.begin(soon=pays is None or self._correlated.on or self._imbalanced.on)
