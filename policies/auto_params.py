@@ -49,7 +49,7 @@ class AutoParams(GradientParams):
         every: Batches to a step; 0 makes none.
         common_rate: Share of 64 rows in the statistics of the stream.
         offset_rate: Share of a window in the offsets of its classes; 0 keeps none, for very many classes.
-        rest: Windows of rest at the source model after a collapse.
+        rest: Windows of rest at the source model after a collapse, or once labels have ended something.
     """
 
     window: int = Field(default=64, ge=2)

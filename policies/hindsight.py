@@ -72,12 +72,13 @@ class Question:
 
     Rows that both answer alike say nothing and are not kept. Of the others, those of one window make one block, as
     neighbours are often right or wrong together: with ``won`` rows that ``on`` alone had right and ``lost`` that
-    ``off`` alone had right, it says ``(won - lost) / max(won + lost, least)``. A label that comes after one of a later
-    window counts in the block of that one, so that there are never more blocks than windows. Blocks are wagered on in
-    both directions (`Wager`).
+    ``off`` alone had right, it says ``(won - lost) / max(won + lost, least)`` for ``on``, so that few rows won now and
+    then do not outweigh many lost at once; and ``(lost - won) / (won + lost)`` for ``off``, which is the floor. A label
+    that comes after one of a later window counts in the block of that one, so that there are never more blocks than
+    windows. Blocks are wagered on in both directions (`Wager`).
 
     Args:
-        least: Rows, right one way alone, from which on a block counts in full.
+        least: Rows, right one way alone, from which on a block counts in full for ``on``.
         rest: Windows for which a way that labels spoke against is not taken up again without them; twice as many each
             time.
 
@@ -141,15 +142,15 @@ class Question:
         """Wager on the block."""
         rows = self._won + self._lost
         if rows:
-            found = (self._won - self._lost) / max(rows, self._least)
-            for wager, sign in zip(self._wagers, (1, -1), strict=True):
-                wager.see(sign * found, self._called_for)
+            better, worse = self._wagers
+            better.see((self._won - self._lost) / max(rows, self._least), self._called_for)
+            worse.see((self._lost - self._won) / rows, self._called_for)
         self._won = self._lost = 0
 
     @property
     def _called_for(self) -> float:
         """Wealth that it takes for ``on``."""
-        return SURE * 2 ** min(self.vetoes, 10)
+        return SURE * 2.0 ** min(self.vetoes, 10)
 
     def decide(self, on: bool) -> bool | None:
         """What is to be in force after one more window where ``on`` is or is not; None where labels leave it open."""

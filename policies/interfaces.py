@@ -216,10 +216,7 @@ class Adaptation(Method):
         """Hear that a labelled step moved live parameters from ``before`` to ``after`` (changed names alone)."""
 
     def labelled(self, ids: Sequence[str], labels: Sequence[int], groups: Sequence[str | None]) -> None:
-        """Hear usable labels of events, and their groups, as they join; a job may be under way, so only take note.
-
-        Held-out rows are among them: fit no weights to these labels.
-        """
+        """Hear events' usable labels as they join, held-out ones too; a job may be running, so only take note."""
 
     def reset(self) -> None:
         """Return the live model to the source model's weights and forget everything."""

@@ -43,20 +43,26 @@ class Auto(Adaptation):
     - Where neighbours are ``alike`` beyond their class (`policies.detectors.neighbour_distances`), so are their errors,
       and windows show a stretch, not the stream: nothing of this is done.
 
+    Where labels arrive, however late, they come first (`policies.hindsight`): they tell which way is right on rows that
+    were answered both ways. They end adapting, or the chain, where that has more errors than the source model's way,
+    and call for it also where rows are alike or nothing else is sure; what they alone called for ends when they stop.
+
     The floor: once steps have been made, a sample of rows is answered by the source model too. Where the live model has
     collapsed beside it (`policies.safeguards.collapse`), everything returns to the source model for ``rest`` windows,
     twice as long each time.
 
     Shapes: inputs ``(B, *shape)`` to logits ``(B, K)``; where answers are corrected, the logarithms of posteriors.
 
-    State: all of the parts, the optimizer's moments, and the inputs of the batch that waits for its step.
+    State: all of the parts, the optimizer's moments, the inputs of the batch that waits for its step, and while labels
+    arrive ids and classes of up to 4096 rows.
 
     Deviations: batches answered between two calls of `update` make one step, on the last one that was due. Rows
     without finite logits are left out of it. Models without BatchNorm have no statistics to try: they count as adapting
     while their features have moved from those of the first rows. Models without any normalisation layer take no steps.
 
     Cost: one forward, and one of 32 rows for a probe. While adapting, two sums over each BatchNorm layer's input, one
-    more forward for one batch in 16 (two more once steps were made), and one backward for each step.
+    more forward for one batch in 16 (two more once steps were made), and one backward for each step. While labels
+    arrive, one row in eight goes through twice.
     """
 
     name = "auto"

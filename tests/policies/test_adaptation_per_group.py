@@ -162,3 +162,20 @@ def test_groups_of_another_method_are_not_taken_over(caplog: pytest.LogCaptureFi
         two.load_state_dict(carried(one.state_dict()))
     assert "begins afresh: its groups were of 'class_bn'" in caplog.text
     assert two.state_dict()["names"] == []
+
+
+def test_labels_reach_the_method_of_their_group_alone() -> None:
+    method = made("auto", {"every": 0})
+    drive(method, mixed(4))
+    heard: list[tuple[str, ...]] = []
+    for group, member in method._held.items():  # type: ignore[attr-defined]
+        member.labelled = lambda ids, labels, groups, of=group: heard.append(
+            (str(of), *ids, *map(str, labels), *groups)
+        )
+    method.labelled(["a", "b", "c", "d"], [0, 1, 2, 3], ["tenant-1", None, "tenant-1", "nobody"])
+    assert sorted(map(str, heard)) == sorted(
+        [
+            str(("tenant-1", "a", "c", "0", "2", "tenant-1", "tenant-1")),
+            str(("None", "b", "1", None)),
+        ]
+    )
