@@ -246,22 +246,23 @@ class Core:
         self.joins.drop(data, feedback)
 
     def _joined(self, rows: Sequence[Joined]) -> None:
-        """Sort joined rows into those to learn from and those to audit; adaptation hears of all."""
-        usable: list[tuple[str, int, str | None]] = []
+        """Sort joined rows into those to learn from and those to audit; adaptation hears all labels that were named."""
+        named: list[tuple[str, int, str | None]] = []
         for row in rows:
             label = self._label_of(row)
             if label is None:
                 self.counts["unusable_labels"] += 1
                 continue
+            if row.label is not None:  # a reward would speak for whatever way to answer is in force
+                named.append((row.id, label, row.group))
             row = row._replace(label=label)
-            usable.append((row.id, label, row.group))
             self.counts["labels"] += 1
             if held_out(row.id, self.settings.audit_share):
                 self._to_audit.append(row)
             elif self.learner.enabled:
                 self._to_learn.append(row)
-        if usable and self._hears:
-            self.methods.adaptation.labelled(*zip(*usable, strict=True))
+        if named and self._hears:
+            self.methods.adaptation.labelled(*zip(*named, strict=True))
 
     def _label_of(self, row: Joined) -> int | None:
         """The class that feedback names. A positive reward confirms the class that was answered."""

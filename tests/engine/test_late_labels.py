@@ -29,7 +29,9 @@ def heard_by(core: Core, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int
     return heard
 
 
-def test_all_usable_labels_reach_adaptation_in_the_order_in_which_they_join(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_usable_labels_but_rewards_reach_adaptation_in_the_order_in_which_they_join(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     core = make()
     heard = heard_by(core, monkeypatch)
     core.feedback(feedback(0, 4))  # before their events
@@ -38,10 +40,12 @@ def test_all_usable_labels_reach_adaptation_in_the_order_in_which_they_join(monk
     items = feedback(4, 12)
     items[3] = items[3]._replace(label=CLASSES)
     items[5] = items[5]._replace(id="never answered")
+    items[7] = items[7]._replace(label=None, reward=1.0)
     core.feedback(items)
-    expected = feedback(0, 4) + [item for number, item in enumerate(items) if number not in (3, 5)]
+    expected = feedback(0, 4) + [item for number, item in enumerate(items) if number not in (3, 5, 7)]
     assert heard == [(item.id, item.label, None) for item in expected]
     assert core.counts["unusable_labels"] == 1
+    assert core.counts["labels"] == len(expected) + 1
 
 
 def test_a_method_that_does_not_listen_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
