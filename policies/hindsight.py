@@ -20,14 +20,20 @@ FRESH = 64
 EVERY = 8
 """Rows to one that is answered both ways while labels arrive."""
 
-BETS = (0.1, 0.2, 0.4, 0.8)
-"""Shares of its wealth that a wager puts on each block."""
+BETS = (0.05, 0.1, 0.2, 0.4)
+"""Shares of their wealth that purses put on each block for leaving the source model's way."""
+
+BETS_BACK = (0.1, 0.2, 0.4, 0.8)
+"""The same for going back to it: bolder, as going back in vain costs little."""
 
 SURE = 20.0
 """Wealth at which labels have spoken for leaving the source model's way."""
 
 UNSURE = 10.0
 """Wealth at which labels have spoken for going back to it: the floor takes less."""
+
+LATE_BLOCKS = 0.05
+"""Share of a block in the mean square of rows that blocks have of late."""
 
 LATE = 256
 """Decided rows over which the share of them that was won is averaged."""
@@ -36,23 +42,28 @@ LATE = 256
 class Wager:
     """Wealth from betting, block by block, that one way to answer beats another.
 
-    With ``d_t`` in [-1, 1] what a block says, and one purse for each share ``b`` of `BETS`,
+    With ``d_t`` in [-1, 1] what a block says, and one purse for each share ``b``,
 
         w_b <- min(max(w_b, 1) (1 + b d_t), limit n),   wealth = mean_b w_b
 
-    over the ``n`` purses. Where the way is no better, every ``1 + b d_t`` is 1 or less in expectation given the past,
-    so the wealth after any number of looks reaches ``x`` once in ``x`` blocks at most; this holds for every dependence
-    between blocks, and asks for no number of rows set beforehand. ``max(w, 1)`` forgets: a purse that is down starts
-    anew, so that a change is found as fast after a year as on the first day. (Shin, Ramdas and Rinaldo, "E-detectors",
-    2023, equation 12; bets as in Waudby-Smith and Ramdas, 2023.)
+    over the ``n`` purses. Where the way is no better, whatever the blocks before have shown, no ``1 + b d_t`` is more
+    than 1 in the mean, and it takes ``x`` blocks or more in the mean until the wealth reaches ``x`` by chance: however
+    often one looks, and with no number of rows set beforehand. ``max(w, 1)`` forgets: a purse that is down starts anew,
+    so that a change is found as fast after a year as on the first day. (The e-CUSUM of Shin, Ramdas and Rinaldo,
+    "E-detectors", 2023; bets after Waudby-Smith and Ramdas, "Estimating means of bounded random variables by betting",
+    2023.) McNemar's test on the same rows would have to be corrected for every look, and takes rows for independent.
+
+    Args:
+        bets: The shares.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, bets: Sequence[float]) -> None:
+        self._bets = bets
         self.reset()
 
     def reset(self) -> None:
         """Forget all blocks."""
-        self.purses = [1.0] * len(BETS)
+        self.purses = [1.0] * len(self._bets)
 
     @property
     def wealth(self) -> float:
@@ -61,9 +72,9 @@ class Wager:
 
     def see(self, found: float, limit: float) -> None:
         """Take in a block; the wealth is not to grow far beyond ``limit``, or a change would be found late."""
-        most = limit * len(BETS)
+        most = limit * len(self._bets)
         self.purses = [
-            min(max(purse, 1.0) * (1 + bet * found), most) for purse, bet in zip(self.purses, BETS, strict=True)
+            min(max(purse, 1.0) * (1 + bet * found), most) for purse, bet in zip(self.purses, self._bets, strict=True)
         ]
 
 
@@ -72,13 +83,16 @@ class Question:
 
     Rows that both answer alike say nothing and are not kept. Of the others, those of one window make one block, as
     neighbours are often right or wrong together: with ``won`` rows that ``on`` alone had right and ``lost`` that
-    ``off`` alone had right, it says ``(won - lost) / max(won + lost, least)`` for ``on``, so that few rows won now and
-    then do not outweigh many lost at once; and ``(lost - won) / (won + lost)`` for ``off``, which is the floor. A label
-    that comes after one of a later window counts in the block of that one, so that there are never more blocks than
-    windows. Blocks are wagered on in both directions (`Wager`).
+    ``off`` alone had right, it says
+
+        (won - lost) / max(won + lost, s)  for ``on``,      (lost - won) / (won + lost)  for ``off``, which is the floor
+
+    with ``s`` the root of the mean square of ``won + lost`` in the blocks before, from 1 to ``most``: few rows won now
+    and then are not to outweigh many lost at once. A label that comes after one of a later window counts in the block
+    of that one, so that there are never more blocks than windows. There is a `Wager` in each direction.
 
     Args:
-        least: Rows, right one way alone, from which on a block counts in full for ``on``.
+        most: Rows, right one way alone, from which on a block counts in full for ``on`` in any case.
         rest: Windows for which a way that labels spoke against is not taken up again without them; twice as many each
             time.
 
@@ -91,9 +105,9 @@ class Question:
         why: The reason of the last decision.
     """
 
-    def __init__(self, least: int, rest: int) -> None:
-        self._least, self._rest = least, rest
-        self._wagers = Wager(), Wager()
+    def __init__(self, most: int, rest: int) -> None:
+        self._most, self._rest = most, rest
+        self._wagers = Wager(BETS), Wager(BETS_BACK)
         self.reset()
 
     def reset(self) -> None:
@@ -104,6 +118,7 @@ class Question:
         self._window, self._won, self._lost = 0, 0, 0
         self.compared = self._decided = 0
         self.won = 0.5
+        self._square = 0.0
         self.licensed = False
         self.vetoes = self.resting = 0
         self._silent = FRESH
@@ -143,8 +158,10 @@ class Question:
         rows = self._won + self._lost
         if rows:
             better, worse = self._wagers
-            better.see((self._won - self._lost) / max(rows, self._least), self._called_for)
+            usual = min(max(self._square**0.5, 1.0), self._most) if self._square else self._most
+            better.see((self._won - self._lost) / max(rows, usual), self._called_for)
             worse.see((self._lost - self._won) / rows, self._called_for)
+            self._square += (LATE_BLOCKS if self._square else 1.0) * (rows**2 - self._square)
         self._won = self._lost = 0
 
     @property
@@ -183,12 +200,8 @@ class Question:
         counts = [self._window, self._won, self._lost, self.compared, self._decided]
         counts += [int(self.licensed), self.vetoes, self.resting, self._silent]
         rows = [[name, *found] for name, found in self._rows.items()]
-        return {
-            "rows": rows,
-            "purses": [list(wager.purses) for wager in self._wagers],
-            "counts": counts,
-            "won": self.won,
-        }
+        purses = [list(wager.purses) for wager in self._wagers]
+        return {"rows": rows, "purses": purses, "counts": counts, "means": [self.won, self._square]}
 
     def load_state_dict(self, state: State) -> None:
         """Take over a copy of a state."""
@@ -198,7 +211,7 @@ class Question:
         self._window, self._won, self._lost, self.compared, self._decided, *rest = map(int, state["counts"])
         licensed, self.vetoes, self.resting, self._silent = rest
         self.licensed = bool(licensed)
-        self.won = float(state["won"])
+        self.won, self._square = map(float, state["means"])
 
 
 class Hindsight:
