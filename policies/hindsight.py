@@ -83,16 +83,13 @@ class Question:
 
     Rows that both answer alike say nothing and are not kept. Of the others, those of one window make one block, as
     neighbours are often right or wrong together: with ``won`` rows that ``on`` alone had right and ``lost`` that
-    ``off`` alone had right, it says
-
-        (won - lost) / max(won + lost, s)  for ``on``,      (lost - won) / (won + lost)  for ``off``, which is the floor
-
-    with ``s`` the root of the mean square of ``won + lost`` in the blocks before, from 1 to ``most``: few rows won now
-    and then are not to outweigh many lost at once. A label that comes after one of a later window counts in the block
-    of that one, so that there are never more blocks than windows. There is a `Wager` in each direction.
+    ``off`` alone had right, it says ``(won - lost) / max(won + lost, s)``, with ``s`` the root of the mean square of
+    ``won + lost`` in the blocks before, from 1 to ``most``. So few rows now and then do not outweigh many at once. A
+    label that comes after one of a later window counts in the block of that one, so that there are never more blocks
+    than windows. There is a `Wager` in each direction.
 
     Args:
-        most: Rows, right one way alone, from which on a block counts in full for ``on`` in any case.
+        most: Rows, right one way alone, from which on a block counts in full in any case.
         rest: Windows for which a way that labels spoke against is not taken up again without them; twice as many each
             time.
 
@@ -159,8 +156,9 @@ class Question:
         if rows:
             better, worse = self._wagers
             usual = min(max(self._square**0.5, 1.0), self._most) if self._square else self._most
-            better.see((self._won - self._lost) / max(rows, usual), self._called_for)
-            worse.see((self._lost - self._won) / rows, self._called_for)
+            found = (self._won - self._lost) / max(rows, usual)
+            better.see(found, self._called_for)
+            worse.see(-found, self._called_for)
             self._square += (LATE_BLOCKS if self._square else 1.0) * (rows**2 - self._square)
         self._won = self._lost = 0
 
