@@ -16,6 +16,7 @@ NAMES = (
     "backtest_rotta",
     "rotta",
     "tta",
+    "tta_labels",
     "join_memory",
     "flat_memory",
     "kafka",
