@@ -76,7 +76,7 @@ def _decode(records: Sequence[Record], layout: Layout) -> list[Event] | None:
     else:
         times = np.array([record.timestamp for record in records])
     names = heads[:, names_at:].tobytes()
-    if not names.isascii() or not (np.abs(times) < LATEST_TIME).all():  # a NaN is not less either
+    if not names.isascii() or not ((times >= 0) & (times < LATEST_TIME)).all():  # nor is a NaN
         return None
     text, size = names.decode(), tensor_at - names_at
     ids = [text[at : at + size] for at in range(0, len(text), size)]

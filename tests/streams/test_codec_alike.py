@@ -67,12 +67,21 @@ def test_dimensions_are_compared_to_the_last() -> None:
     assert at_once(records(values), DEEP)[1][0][1] is Reason.SHAPE
 
 
+@pytest.mark.parametrize("time", [-5.0, -1e-305])
+def test_times_before_1970_are_found_among_good_ones(time: float) -> None:
+    values = [bytearray(value) for value in batch(20)]
+    values[7][16:24] = struct.pack("<d", time)
+    found = records([bytes(value) for value in values])
+    assert at_once(found) == one_by_one(found)
+    assert at_once(found)[1][0][1] is Reason.TIME
+
+
 @given(
     st.lists(
         st.tuples(st.integers(0, 19), st.integers(0, 60), st.integers(0, 255)),
         max_size=3,
     ),
-    st.lists(st.tuples(st.integers(0, 19), st.sampled_from([1e300, math.nan, -1e11, 4.2e9, -0.0])), max_size=2),
+    st.lists(st.tuples(st.integers(0, 19), st.sampled_from([1e300, math.nan, -1e11, -1e-305, 4.2e9, -0.0])), max_size=2),
     st.booleans(),
 )
 def test_damaged_batches_decode_as_their_records_do(
