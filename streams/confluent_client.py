@@ -222,22 +222,6 @@ def _refusal(error: KafkaError, settings: KafkaSettings, topic: str) -> StreamEr
     return as_stream_error(error, f"topic {topic}")
 
 
-def holders(settings: KafkaSettings, group: str, name: str) -> set[str]:
-    """Ask a group for the ids of those who are in it under a name.
-
-    Raises:
-        StreamUnavailableError: No answer.
-        StreamError: We may not ask.
-    """
-    admin = make(AdminClient, admin_config(settings))
-    try:
-        asked = admin.describe_consumer_groups([group], request_timeout=settings.timeout)
-        found: Any = asked[group].result(timeout=settings.timeout + 1)
-    except KafkaException as error:
-        raise as_stream_error(error, f"asking for the members of group {group}") from error
-    return {member.member_id for member in found.members if member.group_instance_id == name}
-
-
 def no_broker(settings: KafkaSettings, watch: Watch) -> StreamUnavailableError:
     """Return that no broker answers, and why where that is known."""
     return StreamUnavailableError(f"no broker at {settings.servers} answers{watch.told()}")

@@ -20,7 +20,6 @@ from streams.confluent_client import (
     describe,
     error_of,
     explain,
-    holders,
     make,
     no_broker,
     passes,
@@ -31,6 +30,7 @@ from streams.confluent_fetch import records
 from streams.confluent_places import Places
 from streams.confluent_placing import beginnings, out_of_range
 from streams.confluent_transactions import Membership
+from streams.kafka_members import members_named
 from streams.topic_source import PLACING_TIMEOUT, TopicSource
 
 _SESSION_MARGIN = 5.0
@@ -316,7 +316,7 @@ class ConfluentSource(TopicSource):
         self._next_probe = now + _PROBE_INTERVAL
         assert self._group is not None
         try:
-            others = holders(self.settings, self._group, self._member or "")
+            others = members_named(self.settings, self._group, self._member or "")
         except StreamUnavailableError as error:  # whoever is there is not expected to report meanwhile either
             self.last_error = str(error)
             self._shut_out = now + session_seconds(self.settings) + _SESSION_MARGIN

@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 from confluent_kafka import Consumer, KafkaException, TopicPartition
 
 from streams.base import Partition, Positions, StreamUnavailableError
-from streams.confluent_client import as_stream_error, holders, make
+from streams.confluent_client import as_stream_error, make
 from streams.confluent_commits import offsets_of
 from streams.confluent_config import consumer_config
 from streams.group_commits import Noted
 from streams.group_transactions import GroupTransactions
+from streams.kafka_members import members_named
 
 
 class Membership(NamedTuple):
@@ -48,7 +49,7 @@ class ConfluentTransactions(GroupTransactions):
     def _refuse_if_replaced(self) -> None:
         current = self._metadata()
         known = {member.member_id for member in (current, self._member) if member is not None}
-        if not known or not holders(self._client.settings, self._group, self._owner) - known:
+        if not known or not members_named(self._client.settings, self._group, self._owner) - known:
             return
         if current is None:
             raise StreamUnavailableError(f"this process has not joined group {self._group} again")

@@ -13,13 +13,14 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from kafka import KafkaAdminClient, KafkaConsumer, TopicPartition, errors
+from kafka import KafkaConsumer, TopicPartition, errors
 
 from streams.base import Partition, Positions, StreamUnavailableError
 from streams.group_commits import Noted
 from streams.group_transactions import GroupTransactions
 from streams.kafka_client import as_stream_error, connect
 from streams.kafka_commits import offsets_of
+from streams.kafka_members import members_named
 
 
 class KafkaTransactions(GroupTransactions):
@@ -32,17 +33,10 @@ class KafkaTransactions(GroupTransactions):
         member = self._metadata()
         if member is None or not member.member_id:
             return  # about to join again; the group tells the consumer if it may not
-        admin = connect(KafkaAdminClient, self._client.settings.admin_config())
-        try:
-            found = admin.describe_groups([self._group])[self._group]
-        except errors.KafkaError as error:
-            raise as_stream_error(error, f"asking for the members of group {self._group}") from error
-        finally:
-            admin.close()
+        holders = members_named(self._client.settings, self._group, self._owner)
         again = self._metadata()
         if again is None or again.member_id != member.member_id:
             raise StreamUnavailableError(f"this process is joining group {self._group} again")
-        holders = {one["member_id"] for one in found["members"] if one.get("group_instance_id") == self._owner}
         if holders - {member.member_id}:
             raise self._replaced()
 

@@ -36,6 +36,8 @@ KILLS = int(os.environ.get("ADAPTD_BROKER_KILLS", "3"))
 SEED = int(os.environ.get("ADAPTD_CRASH_SEED", "0"))
 FLAGS = ("delivery=exactly_once", "checkpoint.every=300ms")
 LIMIT = 60.0
+AWAY_SECONDS = 22.0
+"""Longer than twice what any question to a cluster may take, so that some are given up and others are under way."""
 
 SIGNAL = """
 import os, signal
@@ -189,6 +191,26 @@ def test_a_broker_that_is_killed_in_the_middle_of_transactions_costs_no_answer_a
         broker.kill()
         broker.start()
     settle(settings, topics, count, life)
+
+
+@pytest.mark.timeout(150)
+def test_a_broker_that_is_away_for_long_ends_no_daemon_and_each_answer_is_there_once(
+    topic: TopicFactory, sink: SinkFactory, settings: KafkaSettings, daemons: Daemons, broker: Node
+) -> None:
+    topics = Topics.make(topic)
+    events = sink(topics.data)
+    life = daemons(topics).start(*FLAGS)
+    send(events, small_events(0, 600))
+    life.until(lambda status: status["events"] > 100)  # so that a transaction is under way
+    broker.kill()
+    events.send(small_events(600, 100))
+    try:
+        time.sleep(AWAY_SECONDS)
+        assert life.alive, life.words
+    finally:
+        broker.start()
+    events.flush(LIMIT)
+    settle(settings, topics, 700, life)
 
 
 def test_of_two_daemons_one_is_killed_and_the_other_goes_on_where_it_was(

@@ -13,7 +13,8 @@ from kafka.admin import ACL, ACLOperation, ACLPermissionType, ResourcePattern, R
 from streams.base import Message, StreamError, StreamUnavailableError
 from streams.clients import source_of
 from streams.kafka import KafkaSettings
-from tests.broker.helpers import AnySink, AnySource, Keeper, TopicFactory, fresh_group, read, sink_on
+from streams.kafka_members import members_named
+from tests.broker.helpers import AnySink, AnySource, Keeper, TopicFactory, fresh_group, poll_until, read, sink_on
 from tests.broker.node import GUEST, GUEST_PASSWORD, KEY_PASSWORD, PASSWORD, USER, Node, certify_client
 
 Secure = Callable[..., KafkaSettings]
@@ -207,3 +208,20 @@ def test_what_the_least_rights_are_is_what_is_needed(
     grant(ResourceType.TOPIC, name, ACLOperation.READ, ACLOperation.WRITE)
     grant(ResourceType.GROUP, group, ACLOperation.READ)
     there_and_back(secure(GUEST_PASSWORD, sasl_plain_username=GUEST), name, group)
+
+
+def test_who_is_in_a_group_is_told_to_those_who_may_know(
+    secure: Secure, mutual: Secure, topic: TopicFactory, grant: Callable[..., None]
+) -> None:
+    name, group, keeper = topic(), fresh_group(), Keeper()
+    source = source_of([name], secure(), group=group, assignment="group", member="m")
+    try:
+        source.open(keeper)
+        poll_until([source], lambda: bool(keeper.owned))
+        for settings in (secure(), mutual()):
+            assert len(members_named(settings, group, "m")) == 1
+            assert members_named(settings, group, "other") == set()
+        with pytest.raises(StreamError, match=f"{group}.*does not permit it.*check the user and its ACLs"):
+            members_named(secure(GUEST_PASSWORD, sasl_plain_username=GUEST), group, "m")
+    finally:
+        source.close()

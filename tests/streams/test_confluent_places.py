@@ -109,7 +109,7 @@ def test_whoever_has_been_shut_out_asks_once_a_second_whether_the_name_is_free(
         return {"m-1"}
 
     monkeypatch.setattr(confluent_source, "time", SimpleNamespace(monotonic=lambda: now, sleep=sleep))
-    monkeypatch.setattr(confluent_source, "holders", holders)
+    monkeypatch.setattr(confluent_source, "members_named", holders)
     source._consumer, source.commits.fenced, source._shut_out = cast("Any", Consumer()), True, now + 1000.0
     for _ in range(50):
         assert source.poll(10, 0.1) == ()

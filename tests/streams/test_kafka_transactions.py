@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from kafka import OffsetAndMetadata, TopicPartition, errors
 
-from streams import kafka_sink, kafka_transactions
+from streams import kafka_members, kafka_sink, kafka_transactions
 from streams.base import Message, StreamError, StreamUnavailableError
 from streams.kafka_client import Topic
 from streams.kafka_settings import KafkaSettings
@@ -45,6 +45,7 @@ class Cluster:
         self.producers: list[Producer] = []
         self.does: dict[str, Callable[[], object]] = {}
         self.members: list[dict[str, str]] = []
+        self.error: str | None = None
         self.offsets: dict[tuple[str, int], int] = {}
         self.me = SimpleNamespace(member_id="m-1")
 
@@ -59,7 +60,8 @@ class Cluster:
                 partitions_for_topic=lambda topic: {0, 1},
                 close=lambda **_: None,
             )
-        return SimpleNamespace(describe_groups=lambda groups: {"g": {"members": self.members}}, close=lambda: None)
+        told = {"members": self.members, "error": self.error}
+        return SimpleNamespace(describe_groups=lambda groups: {"g": told}, close=lambda: None)
 
 
 @pytest.fixture
@@ -67,6 +69,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
     made = Cluster()
     monkeypatch.setattr(kafka_sink, "connect", made.connect)
     monkeypatch.setattr(kafka_transactions, "connect", made.connect)
+    monkeypatch.setattr(kafka_members, "connect", made.connect)
     return made
 
 
@@ -167,6 +170,28 @@ def test_we_stop_where_another_process_goes_by_our_name_in_the_group(
         assert len(cluster.producers) == before, "no producer that would end the other's transaction"
     else:
         assert transactions.recover() == {}
+
+
+@pytest.mark.parametrize(
+    ("error", "final"),
+    [
+        (errors.CoordinatorLoadInProgressError(), False),
+        (errors.NotCoordinatorError(), False),
+        (errors.GroupAuthorizationFailedError("g"), True),
+    ],
+)
+def test_a_group_that_does_not_tell_its_members_is_not_taken_for_an_empty_one(
+    error: Exception, final: bool, cluster: Cluster, transactions: KafkaTransactions
+) -> None:
+    cluster.error = str(error)
+    with pytest.raises(StreamError, match="asking for the members of group g") as told:
+        transactions.recover()
+    assert isinstance(told.value, StreamUnavailableError) is not final
+
+
+def test_a_group_that_is_not_there_has_no_members(cluster: Cluster, transactions: KafkaTransactions) -> None:
+    cluster.error = str(errors.GroupIdNotFoundError())
+    assert transactions.recover() == {}
 
 
 def test_who_has_not_joined_the_group_begins_nothing(cluster: Cluster, transactions: KafkaTransactions) -> None:
