@@ -19,7 +19,7 @@ from starlette.routing import Route
 from engine import __version__
 from engine.daemon import Daemon
 from engine.errors import PolicyFileError
-from engine.status import status
+from engine.status import outage, status
 from streams.seams import CLOCK
 
 STUCK_SECONDS = 60.0
@@ -113,10 +113,12 @@ class Admin:
         return True, daemon.state
 
     def ready(self) -> tuple[bool, str]:
-        """Whether the daemon answers events now."""
+        """Whether the daemon answers events now, or would if any came; and if not, what it is at or waits for."""
         state = self._daemon.state
-        busy = ("starting", "replaying", "draining", "stopped")
-        return not state.startswith(busy), state
+        if state.startswith(("starting", "replaying", "draining", "stopped")):
+            return False, state
+        away = outage(self._daemon)
+        return not away, f"waiting for {away}" if away else state
 
     async def _metrics(self, request: Request) -> Response:
         self._daemon.export()

@@ -277,7 +277,8 @@ class Daemon:
         if self._stopping:
             return
         self._wake = anyio.Event()
-        self.state = "waiting for records"
+        away = any(not reader.available for reader in self.readers)
+        self.state = "waiting for a broker" if away else "waiting for records"
         now = time.monotonic()
         until = min(self.cutter.deadline(), max(self.saver.next, now + 0.05), now + 1.0)
         with anyio.move_on_after(max(0.0, until - now)):

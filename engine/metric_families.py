@@ -41,6 +41,7 @@ class Families:
         self.clock = clock
         self.registry = CollectorRegistry() if registry is None else registry
         self._declare_streams()
+        self._declare_lag()
         self._declare_transactions()
         self._declare_joins()
         self._declare_updates()
@@ -66,23 +67,8 @@ class Families:
         self.bytes_in = self._counter("bytes_in", "Bytes of the values of records read")
         self.records_sent = self._counter("records_out", "Records handed to a sink", "stream")
         self.dead_letters = self._counter("dead_letters", "Records that could not be decoded", "reason")
-        self.lag_records = self._gauge(
-            "lag_records", "Records (bytes, for files) behind the end of a partition", "stream", "partition"
-        )
-        self.lag_seconds = self._gauge(
-            "lag_seconds", "Age of the newest record applied while more wait; 0 when none do", "stream", "partition"
-        )
-        self.retention_records = self._gauge(
-            "retention_margin_records",
-            "Offsets between the first that a partition still has and where a restart would read on",
-            "stream",
-            "partition",
-        )
-        self.retention_seconds = self._gauge(
-            "retention_margin_seconds",
-            "Time until retention gets to where a restart would read on, going on as in the last hour",
-            "stream",
-            "partition",
+        self.stream_available = self._gauge(
+            "stream_available", "0 while a stream is not open yet, or is known to give or take no records", "stream"
         )
         self.queue_depth = self._gauge(
             "queue_depth", "What waits: input in records, output and deferred in batches", "queue"
@@ -97,6 +83,32 @@ class Families:
         )
         self.progress = self._gauge("progress_timestamp_seconds", "When a batch was last applied; at first, the start")
         self.progress.set(self.clock.time())
+
+    def _declare_lag(self) -> None:
+        self.lag_records = self._gauge(
+            "lag_records",
+            "Records (bytes, for files) behind the end of a partition; NaN while its stream does not answer",
+            "stream",
+            "partition",
+        )
+        self.lag_seconds = self._gauge(
+            "lag_seconds",
+            "Age of the newest record applied while more wait; 0 when none do, NaN where that is not known",
+            "stream",
+            "partition",
+        )
+        self.retention_records = self._gauge(
+            "retention_margin_records",
+            "Offsets between the first that a partition still has and where a restart would read on",
+            "stream",
+            "partition",
+        )
+        self.retention_seconds = self._gauge(
+            "retention_margin_seconds",
+            "Time until retention gets to where a restart would read on, going on as in the last hour",
+            "stream",
+            "partition",
+        )
 
     def _declare_transactions(self) -> None:
         self.transactions = self._counter(

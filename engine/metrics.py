@@ -224,11 +224,12 @@ class Metrics(Families):
         paused = {stream for reader in daemon.readers for stream in reader.paused}
         for stream in taken:
             self.paused.labels(stream).set(stream in paused)
+        self._look_at_availability(daemon)
         now, seen = self.clock.time(), set[Partition]()
         for reader, behind in zip(daemon.readers, waiting, strict=True):
             for partition, lag in dict(reader.lag).items():
                 seen.add(partition)
-                self._lag(partition, lag, now if lag or behind else None)
+                self._lag(partition, lag if reader.available else math.nan, now if lag or behind else None)
             for partition, margin in dict(reader.retention.margins).items():
                 seen.add(partition)
                 self._near.add(partition)
@@ -237,14 +238,22 @@ class Metrics(Families):
         for partition in (self._lagging | self._near) - seen:
             self._forget(partition)
 
-    def _lag(self, partition: Partition, lag: int, now: float | None) -> None:
-        """Set the lag of one partition; ``now`` is None where nothing waits."""
+    def _look_at_availability(self, daemon: Daemon) -> None:
+        read = {stream: reader.available for reader in daemon.readers for stream in reader.streams}
+        for stream, available in (read | daemon.writer.available).items():
+            self.stream_available.labels(stream).set(available)
+
+    def _lag(self, partition: Partition, lag: float, now: float | None) -> None:
+        """Set the lag of one partition, NaN where it is not known; ``now`` is None where nothing waits."""
         self._lagging.add(partition)
         labels = tuple(map(str, partition))
         self.lag_records.labels(*labels).set(lag)
+        if now is None:
+            self.lag_seconds.labels(*labels).set(0.0 * lag)  # a NaN stays one
+            return
         newest = self._newest.get(partition, math.nan)
         # The order of the arguments keeps a NaN.
-        self.lag_seconds.labels(*labels).set(0.0 if now is None else max(now - newest, 0.0))
+        self.lag_seconds.labels(*labels).set(max(now - newest, 0.0))
 
     def _look_at_counts(self, core: Core) -> None:
         """Raise counters to what core and join store have counted since `begin`."""

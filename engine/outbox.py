@@ -28,6 +28,9 @@ MAX_BYTES = 16_000_000
 COMMIT_SECONDS = 10.0
 """Time after which a transaction that does not come to its end is given up and made again."""
 
+TRANSACTION = "transaction"
+"""What a retry is about that concerns every sink."""
+
 log = structlog.get_logger("adaptd")
 
 Retry = Callable[[str, Callable[[], None]], None]
@@ -83,7 +86,7 @@ class Outbox:
     def found(self, partitions: Sequence[Partition]) -> None:
         """Everything before the loss has come by: what comes of these partitions from now on is ours again."""
         if self._holds_lost():  # dropped while it still counts as lost
-            self._retry("transaction", self._push)
+            self._retry(TRANSACTION, self._push)
         with self._lock:
             self._lost.subtract(partitions)
             self._lost = +self._lost
@@ -126,7 +129,7 @@ class Outbox:
 
     def commit(self) -> None:
         """Make everything that was sent visible, together with the positions."""
-        self._retry("transaction", self._commit)
+        self._retry(TRANSACTION, self._commit)
 
     def _commit(self) -> None:
         self._push()

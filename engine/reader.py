@@ -102,7 +102,7 @@ class Reader:
         self._commits: deque[tuple[Positions, Positions]] = deque(maxlen=1)
         self._committing, self._left = threading.Lock(), set[Partition]()
         self._stop, self._room = threading.Event(), threading.Event()
-        self._running = False
+        self._opened = self._running = False
         self.starved: frozenset[str] = frozenset()
         """Streams that are read on however much of them waits, because work stands still without."""
         self.trouble = ""
@@ -176,6 +176,11 @@ class Reader:
         """Names of the streams that the source reads."""
         return self._source.streams
 
+    @property
+    def available(self) -> bool:
+        """Whether the source has been opened and nothing is known to keep records from coming."""
+        return self._opened and not self.trouble
+
     def identities(self) -> dict[str, str]:
         """See `streams.base.Source.identities`."""
         return self._source.identities()
@@ -190,6 +195,7 @@ class Reader:
     def open(self) -> None:
         """Connect and take partitions. Raises as `Source.open` does."""
         self._source.open(self)
+        self._opened = True
         self.committed = self._source.committed()
 
     def close(self) -> None:

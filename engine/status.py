@@ -11,13 +11,17 @@ if TYPE_CHECKING:
     from engine.daemon import Daemon
 
 
+def outage(daemon: Daemon) -> str:
+    """What keeps events from being answered that the daemon cannot mend, in words; empty while nothing does."""
+    reading = next((reader.trouble for reader in daemon.readers if reader.trouble), "")
+    return daemon.writer.waiting_for or daemon.runner.keeper.trouble or reading
+
+
 def waiting_for(daemon: Daemon) -> str:
     """What the daemon waits for at this instant, in words; empty while nothing is in its way."""
-    if daemon.writer.waiting_for or daemon.runner.keeper.trouble:
-        return daemon.writer.waiting_for or daemon.runner.keeper.trouble
-    for reader in daemon.readers:
-        if reader.trouble:
-            return reader.trouble
+    away = outage(daemon)
+    if away:
+        return away
     partitions, records = daemon.handover.rebuilding
     if partitions:
         return f"rebuilding joins of {partitions} partitions, {records} records left"
@@ -43,6 +47,12 @@ def status(daemon: Daemon) -> dict[str, Any]:
         "audited": len(core.audit),
         "counts": dict(sorted(dict(core.counts).items())),
         "joins": {"pending": core.joins.pending, "bytes": core.joins.bytes, **core.joins.counts},
+        "waiting": {
+            "events": core.joins.pending,
+            "feedback": core.joins.early,
+            "bytes": core.joins.bytes,
+            "disk_bytes": core.joins.disk_bytes,
+        },
         "partitions": [f"{s}-{n}" for reader in daemon.readers for s, n in reader.partitions],
         "positions": {f"{s}-{n}": at for (s, n), at in sorted(dict(daemon.runner.positions).items())},
         "lag": {f"{s}-{n}": lag for reader in daemon.readers for (s, n), lag in sorted(dict(reader.lag).items())},

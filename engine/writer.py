@@ -20,7 +20,7 @@ import structlog
 from engine.core import Answers
 from engine.cutter import Bad
 from engine.metrics import Metrics
-from engine.outbox import Outbox
+from engine.outbox import TRANSACTION, Outbox
 from streams.base import (
     Message,
     Partition,
@@ -114,6 +114,8 @@ class Writer:
         self._ahead: Positions = {}
         """Of `_answered`, what the records written have not come past yet."""
         self.waiting_for = ""
+        self._waits_on = ""
+        self._opened = False
         self.sent = 0
 
     @property
@@ -130,6 +132,13 @@ class Writer:
             sink.open()
         if self._transactions is not None:
             self.answered = self._transactions.open()
+        self._opened = True
+
+    @property
+    def available(self) -> dict[str, bool]:
+        """Of each stream that is written, whether it has been opened and nothing is known to keep messages from it."""
+        stuck = {sink.name for sink in self._sinks} if self._waits_on == TRANSACTION else {self._waits_on}
+        return {sink.name: self._opened and sink.name not in stuck for sink in self._sinks}
 
     @property
     def transactional(self) -> bool:
@@ -347,9 +356,9 @@ class Writer:
             try:
                 action()
             except StreamUnavailableError as error:
-                self.waiting_for = f"{name}: {error}"
+                self.waiting_for, self._waits_on = f"{name}: {error}", name
                 self._abort.wait(BACKOFF_SECONDS[min(attempt, len(BACKOFF_SECONDS) - 1)])
                 attempt += 1
             else:
-                self.waiting_for = ""
+                self.waiting_for = self._waits_on = ""
                 return

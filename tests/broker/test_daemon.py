@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import time
+import urllib.error
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -181,6 +183,13 @@ def test_a_killed_broker_is_waited_for_by_name_and_nothing_is_lost(
     broker.kill()
     try:
         life.until(lambda status: broker.bootstrap in status["waiting_for"])
+        life.until(lambda status: status["state"] == "waiting for a broker")
+        assert life.metric("adaptd_stream_available") <= 2, "those of data and feedback are 0"
+        assert math.isnan(life.metric("adaptd_lag_records"))
+        life.get("/livez")
+        with pytest.raises(urllib.error.HTTPError, match="503") as told:
+            life.get("/readyz")
+        told.value.close()
     finally:
         broker.start()
     send(events, small_events(count, count))

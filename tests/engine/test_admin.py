@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import socket
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import anyio
@@ -17,6 +19,7 @@ from engine.admin import STUCK_SECONDS, Admin, bind
 from engine.daemon import Daemon
 from engine.errors import PolicyFileError
 from engine.policy import Metrics as MetricsSection
+from streams.join import KINDS
 from streams.memory import MemorySource
 from tests.engine.parts import daemon_on, fill, memory, resting, run, until
 
@@ -36,6 +39,7 @@ STATUS_KEYS = {
     "audited",
     "counts",
     "joins",
+    "waiting",
     "positions",
     "partitions",
     "lag",
@@ -117,12 +121,20 @@ async def test_the_status_says_what_the_daemon_is_doing(tmp_path: Path) -> None:
         assert (found["events"], found["labels"]) == (20, 20)
         assert found["positions"] == {"data-0": 20, "feedback-0": 20}
         assert found["joins"]["joined"] == 20
+        assert found["waiting"] == {"events": 0, "feedback": 0, "bytes": daemon.core.joins.bytes, "disk_bytes": 0}
         assert found["checkpoint"]["step"] == 0
         assert found["checkpoint"]["age_seconds"] >= 0
         assert found["model"].keys() == {"release", "step", "alpha"}
         assert found["accuracy"].keys() <= {"source", "live", "release"}
 
     await served(tmp_path, memory(20, bounded=False), look)
+
+
+def test_every_key_of_the_status_and_every_kind_of_feedback_is_explained() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "pages.md").read_text()
+    assert set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)) == STATUS_KEYS
+    (joins,) = re.findall(r"^\| `joins` \|.*$", page, re.MULTILINE)
+    assert set(KINDS) <= set(re.findall(r"`(\w+)`", joins))
 
 
 async def test_nothing_can_be_done_but_reading(tmp_path: Path) -> None:
@@ -236,12 +248,64 @@ async def test_of_too_many_connections_the_oldest_are_cut(tmp_path: Path, monkey
     ],
 )
 def test_it_is_ready_while_it_answers_events(state: str, ready: bool) -> None:
-    class Dummy:
-        pass
+    assert Admin(daemon_in(state), {}).ready() == (ready, state)
 
-    daemon = Dummy()
-    daemon.state = state  # type: ignore[attr-defined]
-    assert Admin(cast("Daemon", daemon), {}).ready() == (ready, state)
+
+@pytest.mark.parametrize("what", ["reader", "writer", "keeper"])
+def test_it_is_not_ready_while_something_is_away_that_it_cannot_mend_and_says_what(what: str) -> None:
+    daemon = daemon_in("waiting for a broker", **{what: "no broker answers"})
+    assert Admin(daemon, {}).ready() == (False, "waiting for no broker answers")
+
+
+def daemon_in(state: str, reader: str = "", writer: str = "", keeper: str = "") -> Daemon:
+    found = SimpleNamespace(
+        state=state,
+        readers=[SimpleNamespace(trouble=""), SimpleNamespace(trouble=reader)],
+        writer=SimpleNamespace(waiting_for=writer),
+        runner=SimpleNamespace(keeper=SimpleNamespace(trouble=keeper)),
+    )
+    return cast("Daemon", found)
+
+
+class Away(MemorySource):
+    """A source that nobody answers while it has a trouble."""
+
+    words = ""
+
+    @property
+    def trouble(self) -> str:
+        return self.words
+
+
+async def test_while_nobody_answers_the_pages_say_so_and_the_daemon_counts_as_alive(tmp_path: Path) -> None:
+    source = Away({"data": 1, "feedback": 1}, bounded=False)
+    fill(source, 0, 20)
+
+    async def seen(get: Get, state: str) -> dict[str, Any]:
+        while True:
+            found: dict[str, Any] = json.loads((await get("/status"))[2])
+            if found["state"] == state:
+                return found
+            await anyio.sleep(0.01)
+
+    async def look(daemon: Daemon, admin: Admin, get: Get) -> None:
+        await learned(daemon, 20)
+        assert b'adaptd_stream_available{stream="data"} 1.0' in (await get("/metrics"))[2]
+        source.words = "no broker at host:9092 answers"
+        found = await seen(get, "waiting for a broker")
+        assert found["waiting_for"] == source.words
+        assert (await get("/livez"))[0] == 200
+        code, _, body = await get("/readyz")
+        assert (code, json.loads(body)["state"]) == (503, f"waiting for {source.words}")
+        metrics = (await get("/metrics"))[2]
+        for stream in (b"data", b"feedback"):
+            assert b'adaptd_stream_available{stream="%s"} 0.0' % stream in metrics
+            assert b'adaptd_lag_records{partition="0",stream="%s"} NaN' % stream in metrics
+        source.words = ""
+        assert (await seen(get, "waiting for records"))["waiting_for"] == "waiting for records"
+        assert (await get("/readyz"))[0] == 200
+
+    await served(tmp_path, source, look)
 
 
 def test_a_port_that_is_taken_is_a_mistake_in_the_policy() -> None:

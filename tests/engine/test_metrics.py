@@ -84,6 +84,7 @@ FROZEN = {
     "adaptd_sample_weight_max": ("gauge", ()),
     "adaptd_source_agreement_ratio": ("gauge", ()),
     "adaptd_stage_duration_seconds": ("histogram", ("stage",)),
+    "adaptd_stream_available": ("gauge", ("stream",)),
     "adaptd_transactions": ("counter", ("result",)),
     "adaptd_transaction_commit_duration_seconds": ("histogram", ()),
     "adaptd_unusable_labels": ("counter", ()),
@@ -114,15 +115,18 @@ def event(timestamp: float, partition: int = 0) -> Event:
     return Event("e", b"", 0.0, None, Record("data", partition, 0, 1, timestamp, None, b""))
 
 
-def daemon_of(core: Core, *, lag: dict[tuple[str, int], int] | None = None, waiting: int = 0) -> Daemon:
+def daemon_of(
+    core: Core, *, lag: dict[tuple[str, int], int] | None = None, waiting: int = 0, available: bool = True
+) -> Daemon:
     reader = SimpleNamespace(bytes=100, paused=("data",), lag=lag or {}, waiting=lambda taken: waiting)
+    reader.streams, reader.available = ("data", "feedback"), available
     reader.retention = SimpleNamespace(margins={p: Margin(9, 1.0) for p in lag or {}})
     keeper = SimpleNamespace(store=SimpleNamespace(epoch=3), fallbacks=1)
     found = SimpleNamespace(
         core=core,
         readers=[reader],
         cutter=SimpleNamespace(taken={"data": 7, "feedback": 2}, replaying=4),
-        writer=SimpleNamespace(depth=5),
+        writer=SimpleNamespace(depth=5, available={"predictions": available, "letters": True}),
         runner=SimpleNamespace(keeper=keeper),
         handover=SimpleNamespace(rebuilding=(2, 900)),
     )
@@ -311,6 +315,18 @@ def test_lag_in_seconds_is_the_age_of_the_newest_record_applied_while_more_wait(
     assert value["lag_records", "1", "data"] == 8
     assert 99 < value["lag_seconds", "1", "data"] < 160
     assert math.isnan(value["lag_seconds", "2", "data"])
+
+
+def test_while_a_stream_does_not_answer_that_is_exported_and_its_lag_is_not_known() -> None:
+    metrics, core = Metrics(), make_core()
+    for available in (True, False, True):
+        metrics.look(daemon_of(core, lag={("data", 0): 0, ("data", 1): 8}, available=available))
+        value = Value(metrics)
+        streams = ("data", "feedback", "predictions", "letters")
+        assert [value["stream_available", stream] for stream in streams] == [*[available] * 3, True]
+        for partition in ("0", "1"):
+            assert math.isnan(value["lag_records", partition, "data"]) is not available
+        assert math.isnan(value["lag_seconds", "0", "data"]) is not available
 
 
 def test_partitions_that_go_take_their_lag_with_them() -> None:

@@ -185,11 +185,12 @@ def test_what_is_refused_for_now_is_tried_again_until_it_is_taken(harness: Harne
 
 def test_the_waits_between_attempts_grow_and_what_is_waited_for_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     harness = Harness()
-    waits, told = [], []
+    waits, told, available = [], [], []
 
     def wait(seconds: float) -> bool:
         waits.append(seconds)
         told.append(harness.writer.waiting_for)
+        available.append(harness.writer.available)
         return False
 
     monkeypatch.setattr(harness.writer._abort, "wait", wait)
@@ -198,6 +199,8 @@ def test_the_waits_between_attempts_grow_and_what_is_waited_for_is_told(monkeypa
     harness.run()
     assert waits == [*module.BACKOFF_SECONDS, 5.0, 5.0]
     assert set(told) == {"predictions: no broker answers"}
+    assert all(each == {"predictions": False, "letters": True} for each in available)
+    assert harness.writer.available == {"predictions": True, "letters": True}
 
 
 def test_what_was_answered_before_is_looked_at_until_it_is_passed_and_again_once_partitions_come(
