@@ -92,6 +92,7 @@ class Core:
         release: Number of the current release; 0 is the source model.
         job: The background job to run or running, if any.
         decisions: Release decisions not yet reported, oldest first; whoever reports them takes them out.
+        foreign: The last label that names no class of the model, until whoever reports it takes it out.
     """
 
     def __init__(
@@ -110,19 +111,17 @@ class Core:
         self.audit = audit
         self.joins = joins
         self.counts: Counter[str] = Counter()
-        self.step = 0
-        self.release = 0
+        self.step = self.release = 0
         self.alpha = 0.0
         self.clock = Watermark(settings.window)
         self.job: Job | None = None
         self.last_job: Job | None = None
         self.decisions: deque[Decision] = deque(maxlen=64)
-        self.entropy = 0.0
-        self.deferred = 0
+        self.foreign: Joined | None = None
+        self.entropy, self.deferred = 0.0, 0
         self._to_learn: deque[Joined] = deque()
         self._to_audit: deque[Joined] = deque()
-        self._attempted_at = 0
-        self._reset_due = False
+        self._attempted_at, self._reset_due = 0, False
         self._batch: tuple[Batch, Tensor, Answers] | None = None
         self._updates = type(methods.adaptation).update is not Adaptation.update
         self._hears = type(methods.adaptation).labelled is not Adaptation.labelled
@@ -252,6 +251,9 @@ class Core:
             label = self._label_of(row)
             if label is None:
                 self.counts["unusable_labels"] += 1
+                if row.label is not None:
+                    self.counts["foreign_labels"] += 1
+                    self.foreign = row
                 continue
             if row.label is not None:  # a reward would speak for whatever way to answer is in force
                 named.append((row.id, label, row.group))

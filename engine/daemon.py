@@ -365,7 +365,8 @@ class Daemon:
         await self.in_thread(self.writer.stop)
         for reader in self.readers:
             reader.stop()
-        log.info("drained", seconds=round(time.monotonic() - started, 3), events=self.core.counts["events"])
+        seconds, events = round(time.monotonic() - started, 3), self.core.counts["events"]
+        log.info("drained", seconds=seconds, events=events, **self.runner.unused)
 
     async def _limit_draining(self, patience: anyio.CancelScope) -> None:
         """Give up once leaving has taken too long, whatever it hangs on."""

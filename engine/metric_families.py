@@ -128,7 +128,12 @@ class Families:
             "times_ahead", "Events and feedback dated ahead of the watermark by more than join.window"
         )
         self.labels = self._counter("labels", "Usable labels joined with their event")
-        self.unusable_labels = self._counter("unusable_labels", "Joined feedback that names no class of the model")
+        self.unusable_labels = self._counter(
+            "unusable_labels", "Joined feedback that names no class of the model, rewards that confirm none included"
+        )
+        self.foreign_labels = self._counter(
+            "foreign_labels", "Of these, labels: outside the classes that the model has"
+        )
         self.label_delay = self._histogram("label_delay_seconds", "From an event to its label", DELAY_SECONDS)
         self.join_pending = self._gauge("join_pending", "Events that wait for feedback")
         self.join_early = self._gauge("join_early", "Feedback that waits for its event")

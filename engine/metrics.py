@@ -261,6 +261,7 @@ class Metrics(Families):
             "events": self.events,
             "labels": self.labels,
             "unusable_labels": self.unusable_labels,
+            "foreign_labels": self.foreign_labels,
             "nonfinite_inputs": self.nonfinite_inputs,
             "merged_batches": self.merged_batches,
             "resets": self.resets,

@@ -23,7 +23,7 @@ from streams.seams import failpoint
 log = structlog.get_logger("adaptd")
 
 QUIET_SECONDS = 60.0
-"""Time after which another dead letter is described in the log; all are counted."""
+"""Time after which another dead letter, or label of no class, is described in the log; all are counted."""
 
 
 class Runner:
@@ -55,7 +55,7 @@ class Runner:
         self.batches = 0
         self.replayed = 0
         self.dead_letters = 0
-        self._quiet_until = 0.0
+        self._quiet_until = self._labels_quiet_until = 0.0
         self.taken = {(stream, number): at for stream, number, at in keeper.membership.get("taken", [])}
         self.floors = floors or Floors({}, None)
         self.floors.load_state_dict(keeper.membership.get("marks", []))
@@ -80,12 +80,35 @@ class Runner:
     def _report(self) -> None:
         """Tell metrics and log what has happened."""
         self.metrics.watch(self.core)
+        self._foreign_label()
         while self.core.decisions:
             decision = self.core.decisions.popleft()
             figures = {name: round(value, 4) for name, value in decision.figures.items()}
             log.info(
                 "release_decided", action=decision.action, reason=decision.reason, release=self.core.release, **figures
             )
+
+    def _foreign_label(self) -> None:
+        """Describe a label that names no class of the model once in a while."""
+        row, self.core.foreign = self.core.foreign, None
+        now = time.monotonic()
+        if row is not None and now >= self._labels_quiet_until:
+            self._labels_quiet_until = now + QUIET_SECONDS
+            known = f"classes 0 to {self.core.host.num_classes - 1}"
+            so_far = self.core.counts["foreign_labels"]
+            log.warning("unusable_label", id=row.id, label=row.label, model_has=known, so_far=so_far)
+
+    @property
+    def unused(self) -> dict[str, int]:
+        """Of what nothing is learned, by reason: dead letters of this process, the rest as checkpoints carry it on."""
+        counts, joins = self.core.counts, self.core.joins
+        return {
+            "dead_letters": self.dead_letters,
+            "unusable_labels": counts["unusable_labels"],
+            "orphans": joins.counts["orphan"],
+            "late": joins.counts["late"],
+            "still_waiting": joins.early,
+        }
 
     def _dead(self, bad: Sequence[Bad]) -> None:
         """Count records that could not be decoded, and describe one of them once in a while."""

@@ -56,6 +56,9 @@ def test_labels_out_of_range_are_counted_and_not_learned() -> None:
     core.follow()
     core.feedback([item._replace(label=99) for item in feedback(0, 4)])
     assert core.counts["unusable_labels"] == 4
+    assert core.counts["foreign_labels"] == 4
+    assert core.foreign is not None
+    assert core.foreign.id == "e3"
     assert core.counts["labels"] == 0
 
 
@@ -147,6 +150,7 @@ def test_a_reward_that_confirms_nothing_is_not_learned_from() -> None:
         [item._replace(label=None, reward=reward) for item, reward in zip(feedback(0, 4), (0, -1, 0, 0), strict=True)]
     )
     assert (core.counts["unusable_labels"], core.counts["labels"]) == (4, 0)
+    assert (core.counts["foreign_labels"], core.foreign) == (0, None)
 
 
 def test_a_few_labels_are_learned_from_once_they_have_waited_long_enough() -> None:

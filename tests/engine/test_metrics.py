@@ -44,6 +44,7 @@ FROZEN = {
     "adaptd_device_reserved_bytes": ("gauge", ()),
     "adaptd_entropy_nats": ("summary", ()),
     "adaptd_events": ("counter", ()),
+    "adaptd_foreign_labels": ("counter", ()),
     "adaptd_feedback": ("counter", ("result",)),
     "adaptd_feedback_timestamp_seconds": ("gauge", ()),
     "adaptd_join_bytes": ("gauge", ()),

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import structlog
 
+from streams.codec import encode_event, encode_feedback
 from streams.memory import MemorySink, MemorySource
-from tests.engine.cores import choice, events, feedback, make_core
+from tests.engine.cores import choice, events, feedback, make_core, rows
 from tests.engine.parts import daemon_on, fill, memory, run
 
 
@@ -31,6 +32,26 @@ async def test_many_dead_letters_are_counted_and_one_is_described(tmp_path: Path
     assert "not_json" in told["error"]
     assert "what is this?" not in str(logs)
     assert daemon.runner.dead_letters == 40
+
+
+async def test_many_labels_that_name_no_class_are_counted_and_one_is_described(tmp_path: Path) -> None:
+    source = MemorySource({"data": 1, "feedback": 1})
+    for number, row in enumerate(rows(0, 40)):
+        source.append("data", encode_event(f"e{number}", row, time=float(number)))
+        source.append("feedback", encode_feedback(f"e{number}", label=10 + number, time=float(number + 1)))
+    source.append("feedback", encode_feedback("nobody", label=1, time=42.0))
+    source.append("data", b"what is this?")
+    with structlog.testing.capture_logs() as logs, daemon_on(tmp_path, source) as daemon:
+        await run(daemon)
+    (told,) = [line for line in logs if line["event"] == "unusable_label"]
+    classes = daemon.core.host.num_classes
+    number = int(told["id"][1:])
+    assert (told["label"], told["model_has"]) == (10 + number, f"classes 0 to {classes - 1}")
+    daemon.metrics.look(daemon)
+    assert b"adaptd_foreign_labels_total 40.0" in daemon.metrics.exposition()
+    (drained,) = [line for line in logs if line["event"] == "drained"]
+    expected = {"events": 40, "dead_letters": 1, "unusable_labels": 40, "orphans": 0, "late": 0, "still_waiting": 1}
+    assert expected.items() <= drained.items()
 
 
 def test_batches_that_share_a_step_of_adaptation_are_counted() -> None:
