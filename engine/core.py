@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, deque
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import repeat
@@ -92,6 +92,7 @@ class Core:
         release: Number of the current release; 0 is the source model.
         job: The background job to run or running, if any.
         decisions: Release decisions not yet reported, oldest first; whoever reports them takes them out.
+        on_done: Told of every job that was taken in.
         foreign: The last label that names no class of the model, until whoever reports it takes it out.
     """
 
@@ -115,7 +116,7 @@ class Core:
         self.alpha = 0.0
         self.clock = Watermark(settings.window)
         self.job: Job | None = None
-        self.last_job: Job | None = None
+        self.on_done: Callable[[Job], object] = lambda job: None
         self.decisions: deque[Decision] = deque(maxlen=64)
         self.foreign: Joined | None = None
         self.entropy, self.deferred = 0.0, 0
@@ -314,7 +315,6 @@ class Core:
         assert self.job is not None
         failpoint("job.take")
         job, self.job = self.job, None
-        self.last_job = job
         self.audit.add(job.audited, job.source_classes, job.release_classes)
         if self._reset_due and job.outcome is not None:
             job.outcome = Outcome(False, "reset")
@@ -323,6 +323,7 @@ class Core:
         if job.decision is not None and not self._reset_due:  # nothing is released from weights just condemned
             self._decided(job)
         self._settle()
+        self.on_done(job)
 
     def _decided(self, job: Job) -> None:
         decision = job.decision

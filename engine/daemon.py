@@ -294,13 +294,11 @@ class Daemon:
 
     async def _run_job(self, done: anyio.Event) -> None:
         assert self.core.job is not None
-        started = time.perf_counter()
         try:
             await to_thread.run_sync(self.core.learner.run, self.core.job, limiter=self._learning)
         finally:  # whoever waits for it must not wait for ever where everything ends
             done.set()
             self._wake.set()
-        self.metrics.stage("learn", time.perf_counter() - started)
 
     async def _take_job(self) -> None:
         """Take in the finished job, checkpoint if one is due, and start the next."""

@@ -6,6 +6,7 @@ taken in between two later batches. Making it and taking it in are points in the
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -41,6 +42,7 @@ class Job:
     attempt: bool
     now: float
     outcome: Outcome | None = None
+    seconds: float = 0.0
     losses: float = 0.0
     ess_ratio: float = 1.0
     max_weight: float = 1.0
@@ -93,6 +95,7 @@ class Learner:
     def run(self, job: Job) -> None:
         """Audit, learn, attempt a release. Touches nothing that serving uses."""
         failpoint("learn.begin")
+        started = time.perf_counter()
         self._judge(job)
         if job.learned and self.enabled:
             self._learn(job)
@@ -100,6 +103,7 @@ class Learner:
             self._attempt(job)
         if self.host.device.type == "cuda":
             torch.cuda.current_stream(self.host.device).synchronize()
+        job.seconds = time.perf_counter() - started
         failpoint("learn.end")
 
     def _judge(self, job: Job) -> None:

@@ -61,7 +61,6 @@ class Metrics(Families):
         self._newest: dict[Partition, float] = {}
         self._lagging: set[Partition] = set()
         self._near: set[Partition] = set()
-        self._job: Job | None = None
         self._events = 0
         self._release: int | None = None
         self._counts: Mapping[str, int] = {}
@@ -161,12 +160,12 @@ class Metrics(Families):
         """Take what a restored core has counted already as the zero of this process."""
         self._counts, self._joins = dict(core.counts), dict(core.joins.counts)
         self._ahead = core.clock.ahead
-        self._events, self._release, self._job = core.counts["events"], core.release, core.last_job
+        self._events, self._release = core.counts["events"], core.release
 
     def watch(self, core: Core) -> None:
         """Look at the core between two batches, on the thread that owns it.
 
-        What happened more than once since the last look is seen in its last state: one entropy, one job.
+        What happened more than once since the last look is seen in its last state: one entropy, one release.
         """
         if core.counts["events"] != self._events:
             self._events = core.counts["events"]
@@ -175,12 +174,10 @@ class Metrics(Families):
             if self._release is not None:
                 self.released.set(self.clock.time())
             self._release = core.release
-        if core.last_job is not self._job and core.last_job is not None:
-            self._job = core.last_job
-            self._watch_job(core.last_job)
 
-    def _watch_job(self, job: Job) -> None:
-        """Note what a background job learned and decided."""
+    def job(self, job: Job) -> None:
+        """Note what a job took, learned and decided, beside serving or between two batches."""
+        self._stages["learn"].observe(job.seconds)
         for row in (*job.learned, *job.audited):
             self.label_delay.observe(max(0.0, row.feedback_time - row.time))
         if job.outcome is not None:

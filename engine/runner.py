@@ -47,10 +47,10 @@ class Runner:
         positions: Positions,
         floors: Floors | None = None,
     ) -> None:
+        self.metrics = metrics
         self.core = core
         self.keeper = keeper
         self.writer = writer
-        self.metrics = metrics
         self.positions = dict(positions)
         self.batches = 0
         self.replayed = 0
@@ -59,6 +59,16 @@ class Runner:
         self.taken = {(stream, number): at for stream, number, at in keeper.membership.get("taken", [])}
         self.floors = floors or Floors({}, None)
         self.floors.load_state_dict(keeper.membership.get("marks", []))
+
+    @property
+    def core(self) -> Core:
+        """What the cuts are applied to. Metrics hear of every job of it, of which one cut may make many."""
+        return self._core
+
+    @core.setter
+    def core(self, core: Core) -> None:
+        core.on_done = self.metrics.job
+        self._core = core
 
     def apply(self, cuts: Sequence[Cut]) -> None:
         """Apply cuts; each is in the journal before anything changes."""

@@ -223,9 +223,11 @@ def test_a_look_at_the_daemon_shows_streams_queues_and_state() -> None:
 def test_the_core_is_seen_in_counts_joins_quality_and_jobs() -> None:
     metrics, core = Metrics(), make_core(audit_share=0.5)
     metrics.begin(core)
+    core.on_done = metrics.job
     core.answer(events(0, 64))
     core.follow()
     core.feedback(feedback(0, 60))
+    core.finish()
     metrics.watch(core)
     metrics.look(daemon_of(core))
     value = Value(metrics)
@@ -236,7 +238,7 @@ def test_the_core_is_seen_in_counts_joins_quality_and_jobs() -> None:
     assert value["audit_accuracy_ratio", "live"] == core.audit.accuracies()["live"]
     assert value["audit_rows"] == len(core.audit) > 0
     assert (value["entropy_nats_count"], value["entropy_nats_sum"]) == (1, core.entropy)
-    assert value["label_delay_seconds_count"] > 0
+    assert value["label_delay_seconds_count"] == 60, "each label once, however many jobs took them"
     assert value["sample_weight_ess_ratio"] == 1
     assert not math.isnan(value["negative_flip_ratio"])
 
@@ -288,12 +290,13 @@ def test_a_job_shows_weights_label_delays_and_the_candidate() -> None:
         id="e", inputs=b"", time=100.0, group=None, predicted=0, label=1, reward=None, feedback_time=400.0, step=0
     )
     decision = Decision(Action.HOLD, "flips", figures={"nfr": 0.02, "nfr_upper": 0.03})
-    core.last_job = Job([row], [], True, 0.0, Outcome(True), 0.7, 0.5, 3.0, decision=decision)
     core.release = 1
+    metrics.job(Job([row], [], True, 0.0, Outcome(True), 0.25, 0.7, 0.5, 3.0, decision=decision))
     metrics.watch(core)
     value = Value(metrics)
     assert (value["sample_weight_max"], value["sample_weight_ess_ratio"], value["learning_loss"]) == (3.0, 0.5, 0.7)
     assert value["label_delay_seconds_sum"] == 300
+    assert value["stage_duration_seconds_sum", "learn"] == 0.25
     assert (value["candidate_negative_flip_ratio"], value["candidate_negative_flip_upper_ratio"]) == (0.02, 0.03)
     assert time.time() - value["release_timestamp_seconds"] < 60
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import structlog
 
 from streams.codec import encode_event, encode_feedback
@@ -18,6 +19,21 @@ async def test_every_decision_on_a_release_is_logged_with_its_figures(tmp_path: 
     assert len(told) == sum(count for name, count in core.counts.items() if name.startswith("decisions."))
     assert told
     assert {"action", "reason", "release", "accuracy_live"} <= told[0].keys()
+
+
+@pytest.mark.parametrize("by_time", [True, False], ids=["learning between batches", "learning beside serving"])
+async def test_every_job_is_seen_with_its_time_and_every_label_with_its_delay(tmp_path: Path, by_time: bool) -> None:
+    core = make_core(background=not by_time, batch_size=4)
+    with daemon_on(tmp_path, memory(300), core=core, by_time=by_time) as daemon:
+        await run(daemon)
+    found = {
+        (sample.name, *sample.labels.values()): sample.value
+        for family in daemon.metrics.registry.collect()
+        for sample in family.samples
+    }
+    assert core.counts["updates.learning"] > 50
+    assert found["adaptd_label_delay_seconds_count",] == core.counts["labels"] == 300
+    assert found["adaptd_stage_duration_seconds_count", "learn"] >= core.counts["updates.learning"]
 
 
 async def test_many_dead_letters_are_counted_and_one_is_described(tmp_path: Path) -> None:
