@@ -99,6 +99,13 @@ def test_every_alert_has_its_runbook_and_every_runbook_its_alert() -> None:
         assert "## Do" in text, name
 
 
+def test_the_runbook_for_a_daemon_that_is_down_explains_every_exit_code() -> None:
+    codes = re.findall(r"^\| ([\d, ]+) \|", (OPS.parent / "docs" / "guide.md").read_text(), re.MULTILINE)
+    expected = set(re.findall(r"\d+", " ".join(codes))) - {"0", "2"}
+    assert {"69", "70", "78", "143"} <= expected
+    assert expected <= set(re.findall(r"\b\d+\b", (OPS / "runbooks" / "AdaptdDown.md").read_text()))
+
+
 def test_every_alert_is_tested_to_fire_and_to_stay_quiet() -> None:
     tests = yaml.safe_load((PROMETHEUS / "alerts_test.yml").read_text())["tests"]
     fires = {case["alertname"] for test in tests for case in test["alert_rule_test"] if case.get("exp_alerts")}
