@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from engine.core import Answers, Core
-from engine.launch import configure_logs, run_policy
+from engine.launch import run_policy
+from engine.logs import configure_logs
 from engine.policyfile import load
 from streams.codec import Event
 

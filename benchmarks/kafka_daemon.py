@@ -10,7 +10,8 @@ import sys
 from collections.abc import Sequence
 
 from benchmarks.kafka_loops import note_start
-from engine.launch import configure_logs, run_policy
+from engine.launch import run_policy
+from engine.logs import configure_logs
 from engine.policyfile import load
 from engine.reader import Reader
 from streams.base import Record

@@ -46,7 +46,8 @@ def run(
     ] = False,
 ) -> None:
     """Run a policy on its streams until they end or SIGTERM comes."""
-    from engine.launch import configure_logs, run_policy
+    from engine.launch import run_policy
+    from engine.logs import configure_logs
 
     loaded = _load(policy, set_)
     configure_logs(loaded.policy.log)
@@ -121,7 +122,7 @@ def backtest(
     class of the model.
     """
     from engine.backtest import command
-    from engine.launch import configure_logs
+    from engine.logs import configure_logs
     from engine.policy import Log
 
     configure_logs(Log(level="warning"))

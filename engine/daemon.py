@@ -37,6 +37,8 @@ CUTS_PER_TURN = 8
 
 START_SECONDS = 60.0
 DRAIN_SECONDS = 45.0
+QUIET_SECONDS = 30.0
+"""Time after which the log says again that the start waits for a stream."""
 BACKOFF_SECONDS = (0.2, 0.5, 1.0, 2.0, 5.0)
 
 log = structlog.get_logger("adaptd")
@@ -179,7 +181,7 @@ class Daemon:
         return True
 
     async def _patiently(self, action: Callable[[], None]) -> None:
-        deadline = time.monotonic() + START_SECONDS
+        deadline, quiet_until = time.monotonic() + START_SECONDS, 0.0
         for attempt in range(1000):
             try:
                 await self.in_thread(action)
@@ -189,7 +191,9 @@ class Daemon:
                 self.state = f"starting: {error}; retrying"
                 if time.monotonic() >= deadline:
                     raise UnreachableError(f"{error}; gave up after {START_SECONDS:.0f} s") from error
-                log.warning("stream_unavailable", error=str(error))
+                if time.monotonic() >= quiet_until:
+                    log.warning("stream_unavailable", error=str(error))
+                    quiet_until = time.monotonic() + QUIET_SECONDS
                 with anyio.move_on_after(BACKOFF_SECONDS[min(attempt, len(BACKOFF_SECONDS) - 1)]):
                     await self._leaving.wait()
                     raise UnreachableError(str(error)) from error

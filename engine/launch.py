@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import shutil
 import socket
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -31,10 +29,11 @@ from engine.factory import build_model
 from engine.floors import Floors
 from engine.host import choose_device
 from engine.keeper import Keeper, seed_generators
+from engine.logs import configure_logs
 from engine.methods import derive_seed
 from engine.metrics import Metrics
 from engine.outbox import CountedTransactions
-from engine.policy import Log, Policy
+from engine.policy import Policy
 from engine.policyfile import LoadedPolicy
 from engine.preflight import check
 from engine.reader import Reader
@@ -47,53 +46,6 @@ from streams.base import Positions, Source
 from streams.journal import Entry, Journal, Kind
 
 log = structlog.get_logger("adaptd")
-
-REPEAT_SECONDS = 60.0
-"""Time after which a library's message is written again."""
-
-
-def configure_logs(settings: Log) -> None:
-    """Write logs to standard error: one JSON object a line, or text for people."""
-    text = settings.format == "text" or (settings.format == "auto" and sys.stderr.isatty())
-    renderer: Any = structlog.dev.ConsoleRenderer() if text else structlog.processors.JSONRenderer()
-    level = getattr(logging, settings.level.upper())
-    shared: list[Any] = [
-        structlog.processors.add_log_level,
-        structlog.processors.TimeStamper(fmt="iso", utc=True),
-    ]
-    structlog.configure(
-        processors=[*shared, renderer],
-        wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-        cache_logger_on_first_use=False,
-    )
-    handler = logging.StreamHandler(sys.stderr)
-    handler.addFilter(_Seldom())
-    handler.setFormatter(
-        structlog.stdlib.ProcessorFormatter(
-            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer], foreign_pre_chain=shared
-        )
-    )
-    logging.basicConfig(handlers=[handler], level=max(level, logging.WARNING), force=True)
-
-
-class _Seldom(logging.Filter):
-    """Lets a library say the same thing once in a while only: during an outage, clients repeat it many times a second.
-
-    The same thing is what comes from the same line of code.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._quiet_until: dict[tuple[str, int], float] = {}
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Whether to write a record."""
-        place = record.pathname, record.lineno
-        if record.created < self._quiet_until.get(place, -math.inf):
-            return False
-        self._quiet_until[place] = record.created + REPEAT_SECONDS
-        return True
 
 
 def core_of(loaded: LoadedPolicy, *, background: bool, directory: Path | None) -> Core:

@@ -242,7 +242,7 @@ class Log(Section):
     """Logs, on standard error."""
 
     level: Literal["debug", "info", "warning", "error"] = "info"
-    """Least level that is written."""
+    """Least level that is written. What clients of Kafka say of connections that fail is a detail: ``debug``."""
     format: Literal["auto", "json", "text"] = "auto"
     """One JSON object a line, or text; ``auto`` writes text to a terminal alone."""
 

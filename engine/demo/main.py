@@ -24,7 +24,8 @@ from engine.daemon import Daemon
 from engine.demo import stream as streams
 from engine.demo.model import build, train
 from engine.errors import UsageError
-from engine.launch import configure_logs, run_policy
+from engine.launch import run_policy
+from engine.logs import configure_logs
 from engine.policy import Log
 from engine.policyfile import load
 

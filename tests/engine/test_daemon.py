@@ -8,6 +8,7 @@ from pathlib import Path
 
 import anyio
 import pytest
+import structlog
 
 from engine import daemon as module
 from engine import writer as writer_module
@@ -453,11 +454,14 @@ async def test_streams_that_cannot_be_reached_at_first_are_tried_again(
 ) -> None:
     monkeypatch.setattr(module, "BACKOFF_SECONDS", (0.0,))
     source = Late({"data": 1, "feedback": 1})
+    source.needed = 20
     fill(source, 0, 20)
     sink = MemorySink()
-    with daemon_on(tmp_path, source, predictions=sink) as daemon:
+    with daemon_on(tmp_path, source, predictions=sink) as daemon, structlog.testing.capture_logs() as logs:
         await run(daemon)
-    assert source.attempts == 3
+    assert source.attempts == 20
+    told = [line["error"] for line in logs if line["event"] == "stream_unavailable"]
+    assert told == ["no broker answers at 127.0.0.1:1"], "once, however often it was tried"
     assert answered(sink) == names(0, 20)
 
 
