@@ -28,6 +28,7 @@ from engine.runner import Runner
 from engine.saver import Saver
 from engine.writer import Outgoing, Writer
 from streams.base import Positions, StreamUnavailableError
+from streams.refusals import Refusals
 from streams.seams import failpoint
 
 T = TypeVar("T")
@@ -157,14 +158,18 @@ class Daemon:
 
     async def _open(self) -> bool:
         """Open sinks and sources, with backoff for a minute, or close them again; False if told to leave meanwhile."""
+        refusals = Refusals()
         try:
-            await self._patiently(self.writer.open)
+            with refusals.gather():
+                await self._patiently(self.writer.open)
             answered: Positions = dict(self.writer.answered)
             for reader in self.readers:
-                await self._patiently(reader.open)
-                self.runner.keeper.check(reader.identities())
-                self.cutter.assigned(reader.partitions)
-                answered |= reader.committed
+                with refusals.gather():
+                    await self._patiently(reader.open)
+                    self.runner.keeper.check(reader.identities())
+                    self.cutter.assigned(reader.partitions)
+                    answered |= reader.committed
+            refusals.tell()
             self.writer.answered = answered
             if not self.writer.transactional:
                 # What a checkpoint covers is out, though the process may have ended before it was committed.

@@ -32,6 +32,7 @@ from streams.base import (
     Transactions,
 )
 from streams.codec import Form, dead_letter, encode_predictions
+from streams.refusals import Refusals
 from streams.seams import failpoint
 
 QUEUE_BATCHES = 32
@@ -128,8 +129,11 @@ class Writer:
 
         With transactions, what an earlier life left open is ended, and `answered` is what is committed then.
         """
+        refusals = Refusals()
         for sink in self._sinks:
-            sink.open()
+            with refusals.gather():
+                sink.open()
+        refusals.tell()
         if self._transactions is not None:
             self.answered = self._transactions.open()
         self._opened = True

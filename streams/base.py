@@ -22,6 +22,10 @@ class StreamUnavailableError(StreamError):
     """The other side does not answer at present; the caller retries with backoff."""
 
 
+class RefusedStreamError(StreamError):
+    """This stream does not exist or may not be used; the side that it is on does answer, so others can be asked for."""
+
+
 class RefusedMessageError(StreamError):
     """A message that was given just now can never be written; none of those given with it was taken."""
 

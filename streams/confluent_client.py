@@ -13,10 +13,11 @@ from confluent_kafka import KafkaError, KafkaException, TopicCollection
 from confluent_kafka.admin import AdminClient
 from confluent_kafka.admin._config import ConfigResource
 
-from streams.base import StreamError, StreamUnavailableError
+from streams.base import RefusedStreamError, StreamError, StreamUnavailableError
 from streams.confluent_config import Config, admin_config
 from streams.kafka_client import Topic, check_certificates
 from streams.kafka_settings import KafkaSettings
+from streams.refusals import Refusals
 from streams.seams import CLOCK
 
 Made = TypeVar("Made")
@@ -159,22 +160,28 @@ def describe(settings: KafkaSettings, topics: Sequence[str], *, limits: bool = F
 
     Raises:
         StreamUnavailableError: No broker answered.
-        StreamError: A topic does not exist or may not be read.
+        StreamError: Topics do not exist or may not be read; it names all of them.
     """
     _check_files(settings)
     watch = Watch()
     admin = make(AdminClient, admin_config(settings) | {"error_cb": watch.hear})
     found: dict[str, Topic] = {}
+    refusals = Refusals()
     for topic in topics:
-        told = _metadata(admin, topic, watch, settings)
-        known = told.topics[topic]
-        if known.error is not None:
-            raise _refusal(known.error, settings, topic)
-        # Only a controller tells the id.
-        identity = _identity(admin, topic, settings.timeout) if told.controller_id in told.brokers else ""
-        largest = _largest(admin, topic, settings.timeout) if limits else None
-        found[topic] = Topic(len(known.partitions), identity, largest)
+        with refusals.gather():
+            found[topic] = _described(admin, topic, watch, settings, limits=limits)
+    refusals.tell()
     return found
+
+
+def _described(admin: AdminClient, topic: str, watch: Watch, settings: KafkaSettings, *, limits: bool) -> Topic:
+    told = _metadata(admin, topic, watch, settings)
+    known = told.topics[topic]
+    if known.error is not None:
+        raise _refusal(known.error, settings, topic)
+    # Only a controller tells the id.
+    identity = _identity(admin, topic, settings.timeout) if told.controller_id in told.brokers else ""
+    return Topic(len(known.partitions), identity, _largest(admin, topic, settings.timeout) if limits else None)
 
 
 def _metadata(admin: AdminClient, topic: str, watch: Watch, settings: KafkaSettings) -> Any:
@@ -215,10 +222,10 @@ def _largest(admin: AdminClient, topic: str, timeout: float) -> int | None:
 
 def _refusal(error: KafkaError, settings: KafkaSettings, topic: str) -> StreamError:
     if error.code() == KafkaError.UNKNOWN_TOPIC_OR_PART:
-        return StreamError(f"topic {topic} does not exist on {settings.servers}: make it, or correct its name")
+        return RefusedStreamError(f"topic {topic} does not exist on {settings.servers}: make it, or correct its name")
     if error.code() == KafkaError.TOPIC_AUTHORIZATION_FAILED:
         user = settings.sasl_plain_username or "this client"
-        return StreamError(f"topic {topic}: the cluster does not let {user} see it; check its ACLs")
+        return RefusedStreamError(f"topic {topic}: the cluster does not let {user} see it; check its ACLs")
     return as_stream_error(error, f"topic {topic}")
 
 

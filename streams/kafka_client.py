@@ -12,8 +12,9 @@ from kafka.net.compat import KafkaNetClient
 from kafka.net.manager import KafkaConnectionManager
 from kafka.net.selector import NetworkSelector
 
-from streams.base import StreamError, StreamUnavailableError
+from streams.base import RefusedStreamError, StreamError, StreamUnavailableError
 from streams.kafka_settings import KafkaSettings
+from streams.refusals import Refusals
 
 _UNKNOWN_TOPIC = errors.UnknownTopicOrPartitionError.errno
 _FORBIDDEN_TOPIC = errors.TopicAuthorizationFailedError.errno
@@ -170,7 +171,7 @@ def describe(settings: KafkaSettings, topics: Sequence[str], *, limits: bool = F
 
     Raises:
         StreamUnavailableError: No broker answered.
-        StreamError: A topic does not exist or may not be read.
+        StreamError: Topics do not exist or may not be read; it names all of them.
     """
     config = settings.admin_config()
     admin = connect(KafkaAdminClient, config)
@@ -182,16 +183,23 @@ def describe(settings: KafkaSettings, topics: Sequence[str], *, limits: bool = F
     finally:
         admin.close()
     found: dict[str, Topic] = {}
+    refusals = Refusals()
     for topic in described:
         name, code = topic["name"], topic["error_code"]
-        if code == _UNKNOWN_TOPIC:
-            raise StreamError(f"topic {name} does not exist on {settings.servers}: make it, or correct its name")
-        if code == _FORBIDDEN_TOPIC:
-            raise StreamError(f"topic {name}: the cluster does not let {_user(settings)} see it; check its ACLs")
-        if code:
-            raise as_stream_error(errors.for_code(code)(), f"topic {name}")
-        found[name] = Topic(len(topic["partitions"]), str(topic.get("topic_id") or ""), largest.get(name))
+        with refusals.gather():
+            if code:
+                raise _not_described(code, name, settings)
+            found[name] = Topic(len(topic["partitions"]), str(topic.get("topic_id") or ""), largest.get(name))
+    refusals.tell()
     return found
+
+
+def _not_described(code: int, name: str, settings: KafkaSettings) -> StreamError:
+    if code == _UNKNOWN_TOPIC:
+        return RefusedStreamError(f"topic {name} does not exist on {settings.servers}: make it, or correct its name")
+    if code == _FORBIDDEN_TOPIC:
+        return RefusedStreamError(f"topic {name}: the cluster does not let {_user(settings)} see it; check its ACLs")
+    return as_stream_error(errors.for_code(code)(), f"topic {name}")
 
 
 def check_topics(client: Any, identities: Mapping[str, str]) -> None:

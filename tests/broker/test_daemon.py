@@ -257,6 +257,16 @@ def test_a_missing_topic_is_refused_by_name(topic: TopicFactory, daemons: Any, m
     assert "Traceback" not in life.words
 
 
+@pytest.mark.parametrize("delivery", ["at_least_once", "exactly_once"])
+def test_all_missing_topics_are_refused_at_once(topic: TopicFactory, daemons: Any, delivery: str) -> None:
+    streams = ("data", "feedback", "predictions", "dead_letters")
+    missing = [f"streams.{stream}.kafka=no-{stream}" for stream in streams]
+    life = daemons(Topics.make(topic)).start(*missing, f"delivery={delivery}")
+    assert life.wait() == 78
+    for stream in streams:
+        assert life.words.count(f"topic no-{stream} does not exist") == 1
+
+
 def test_a_record_that_fills_its_topic_does_not_end_the_daemon_when_it_becomes_a_dead_letter(
     topic: TopicFactory, sink: SinkFactory, daemons: Any, settings: KafkaSettings
 ) -> None:

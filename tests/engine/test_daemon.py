@@ -20,7 +20,7 @@ from engine.keeper import Snapshot
 from engine.learner import Job, Learner
 from engine.status import status
 from engine.writer import QUEUE_BATCHES
-from streams.base import Assignment, Message, Partition, Record, StreamError, StreamUnavailableError
+from streams.base import Assignment, Message, Partition, Record, RefusedStreamError, StreamError, StreamUnavailableError
 from streams.journal import Entry, Journal, JournalError
 from streams.memory import MemorySink, MemorySource
 from tests.engine.cores import choice, make_core
@@ -463,6 +463,26 @@ async def test_streams_that_cannot_be_reached_at_first_are_tried_again(
     told = [line["error"] for line in logs if line["event"] == "stream_unavailable"]
     assert told == ["no broker answers at 127.0.0.1:1"], "once, however often it was tried"
     assert answered(sink) == names(0, 20)
+
+
+async def test_every_stream_that_cannot_be_used_is_told_of_at_once(tmp_path: Path) -> None:
+    class Gone(Late):
+        def open(self, assignment: Assignment) -> None:
+            raise RefusedStreamError("topic data does not exist")
+
+    class Nowhere(MemorySink):
+        def open(self) -> None:
+            raise RefusedStreamError(f"topic {self.name} does not exist")
+
+    sinks = Nowhere("answers"), Nowhere("letters")
+    source = Gone({"data": 1, "feedback": 1})
+    on = daemon_on(tmp_path, source, predictions=sinks[0], letters=sinks[1])
+    with on as daemon, pytest.raises(BaseExceptionGroup) as caught:
+        await run(daemon)
+    (error,) = errors_of(caught.value)
+    told = "topic answers does not exist; topic letters does not exist; topic data does not exist"
+    assert (type(error), str(error)) == (RefusedStreamError, told)
+    assert source.closed
 
 
 async def test_after_a_minute_without_its_streams_the_daemon_gives_up_and_closes_what_it_opened(
