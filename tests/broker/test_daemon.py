@@ -198,6 +198,8 @@ def test_a_killed_broker_is_waited_for_by_name_and_nothing_is_lost(
     assert status["events"] == status["labels"] == 2 * count
     assert broker.bootstrap not in status["waiting_for"]
     assert life.terminate() == 0, life.words
+    assert life.words.count('"stream_unavailable"') == life.words.count('"stream_available"') == 1, life.words
+    assert '"level": "error"' not in life.words
     found, again = answers(settings, topics)
     assert found.keys() == {f"e{n}" for n in range(2 * count)}
     assert again == 0
