@@ -81,7 +81,9 @@ def test_times_before_1970_are_found_among_good_ones(time: float) -> None:
         st.tuples(st.integers(0, 19), st.integers(0, 60), st.integers(0, 255)),
         max_size=3,
     ),
-    st.lists(st.tuples(st.integers(0, 19), st.sampled_from([1e300, math.nan, -1e11, -1e-305, 4.2e9, -0.0])), max_size=2),
+    st.lists(
+        st.tuples(st.integers(0, 19), st.sampled_from([1e300, math.nan, -1e11, -1e-305, 4.2e9, -0.0])), max_size=2
+    ),
     st.booleans(),
 )
 def test_damaged_batches_decode_as_their_records_do(
