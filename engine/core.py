@@ -12,8 +12,6 @@ import math
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from functools import partial
-from itertools import repeat
 from operator import itemgetter
 from typing import NamedTuple
 
@@ -40,10 +38,9 @@ from policies.interfaces import (
     load_weights,
 )
 from streams.codec import Event, Feedback
-from streams.join import Joined, JoinStore, Waiting
+from streams.join import Columns, Joined, JoinStore, Waiting
 from streams.seams import failpoint
 
-_make_waiting = partial(tuple.__new__, Waiting)  # what `Waiting` does, without a Python call for each
 _partition_of = itemgetter(1)
 
 MAX_DEFERRED = 64
@@ -175,10 +172,9 @@ class Core:
 
     def _wait_for_labels(self, answers: Answers) -> None:
         """Let the inputs of a batch wait; labels that came before their event join now."""
-        *columns, records = zip(*answers.events, strict=True)
-        partitions = map(_partition_of, records)
-        rows = zip(*columns, answers.labels.tolist(), repeat(answers.step, len(records)), partitions, strict=True)
-        waiting = list(map(_make_waiting, rows))
+        ids, inputs, times, groups, records = zip(*answers.events, strict=True)
+        steps, partitions = [answers.step] * len(ids), list(map(_partition_of, records))
+        waiting = Columns(ids, inputs, times, groups, answers.labels.tolist(), steps, partitions)
         self._joined(self.joins.answered(waiting, self.watermark))
 
     def _watch(self, batch: Batch, logits: Tensor, answers: Answers) -> None:

@@ -21,17 +21,19 @@ from streams.join_format import (
     JoinError,
     Waiting,
     read_frames,
+    unpack_block,
     unpack_early,
     unpack_entries,
     unpack_settled,
 )
 from streams.join_moves import Moves
+from streams.join_rows import Columns, Rows
 from streams.join_settled import How, Settled
-from streams.join_size import event_bytes, events_bytes, text_bytes
+from streams.join_size import text_bytes
 from streams.join_snapshot import JoinSnapshot
 from streams.join_spill import Row, Spill
 
-__all__ = ["FeedbackLike", "JoinError", "JoinSnapshot", "JoinStore", "Joined", "Waiting"]
+__all__ = ["Columns", "FeedbackLike", "JoinError", "JoinSnapshot", "JoinStore", "Joined", "Waiting"]
 
 KINDS = (
     "joined",
@@ -96,8 +98,7 @@ class JoinStore(Moves):
         self.counts: dict[str, int] = dict.fromkeys(KINDS, 0)
         self._watermark = self._swept = float("-inf")
         self._limit = float("-inf")  # events older than this have expired
-        self._waiting: dict[str, Fields] = {}
-        self._waiting_bytes = 0
+        self._waiting = Rows()
         self._early: dict[str, Early] = {}
         self._early_bytes = 0
         self._settled = Settled()
@@ -117,7 +118,7 @@ class JoinStore(Moves):
     @property
     def bytes(self) -> int:
         """What events, early feedback and remembered ids take in memory."""
-        return self._waiting_bytes + self._early_bytes + self._settled.bytes
+        return self._waiting.bytes + self._early_bytes + self._settled.bytes
 
     @property
     def disk_bytes(self) -> int:
@@ -136,44 +137,39 @@ class JoinStore(Moves):
         """
         self._advance(watermark)
         joined: list[Joined] = []
-        if self._all_new(items):
-            # A plain tuple of plain values is left alone by the garbage collector; a named one never is.
-            self._waiting.update([(item[0], item[1:]) for item in items])
-            self._waiting_bytes += events_bytes(items)
-        else:
-            self._waiting_bytes += events_bytes(self._sort(items, joined))
+        events = Columns.of(items)
+        self._waiting.extend(events if self._all_new(events) else Columns.of(self._sort(events, joined)))
         self._keep_bounds()
         return joined
 
-    def _all_new(self, items: Sequence[Waiting]) -> bool:
+    def _all_new(self, events: Columns) -> bool:
         """Whether no id was seen before and no event is too old: a few passes in C for what is nearly always so."""
-        names = {item[0] for item in items}
+        names = set(events.ids)
         return (
-            len(names) == len(items)
-            and self._waiting.keys().isdisjoint(names)
+            len(names) == len(events)
+            and self._waiting.numbers.keys().isdisjoint(names)
             and self._settled.how.keys().isdisjoint(names)
             and self._early.keys().isdisjoint(names)
-            and not self._on_disk(items)
-            and min([item[2] for item in items], default=self._limit) >= self._limit
+            and not self._on_disk(events)
+            and min(events.times, default=self._limit) >= self._limit
         )
 
     def _sort(self, items: Sequence[Waiting], joined: list[Joined]) -> list[Waiting]:
         """Settle events one by one; return those that wait from now on."""
-        kept: list[Waiting] = []
+        kept: dict[str, Waiting] = {}
         on_disk = self._on_disk(items)
         waiting, settled, limit = self._waiting, self._settled.how, self._limit
         for item in items:
             name = item[0]
-            if name in waiting or name in settled or name in on_disk:
+            if name in kept or name in waiting or name in settled or name in on_disk:
                 self._seen_before(name)
             elif self._early and name in self._early and self._meet(item, joined):
                 continue
             elif item[2] < limit:
                 self._expire(name)
             else:
-                waiting[name] = item[1:]
-                kept.append(item)
-        return kept
+                kept[name] = item
+        return list(kept.values())
 
     def _seen_before(self, name: str) -> None:
         if self._settled.how.get(name) is How.INLINE:
@@ -234,7 +230,7 @@ class JoinStore(Moves):
                     row = rows.pop(name)
                     removed.append((row.seq, row.cost))
                 else:
-                    self._waiting_bytes -= event_bytes(name, self._waiting.pop(name))
+                    self._waiting.pop(name)
                 self._settled.add(name, How.JOINED)
                 inputs = fields[0] if item.inputs is None else item.inputs
                 joined.append(Joined(name, inputs, *fields[1:5], item.label, item.reward, item.time))
@@ -287,8 +283,8 @@ class JoinStore(Moves):
             for name in self._spill.take_before(self._limit):
                 self._expire(name)
         limit = self._limit
-        for name in [name for name, fields in self._waiting.items() if fields[1] < limit]:
-            self._waiting_bytes -= event_bytes(name, self._waiting.pop(name))
+        for name in self._waiting.older(limit):
+            self._waiting.pop(name)
             self._expire(name)
         for name in [name for name, early in self._early.items() if early[2] < limit]:
             self._lose_early(name, "orphan")
@@ -312,15 +308,7 @@ class JoinStore(Moves):
 
     def _make_room(self, size: int) -> None:
         """Move the oldest events of at least ``size`` bytes to disk; evict them if that cannot be."""
-        oldest: list[tuple[str, Fields]] = []
-        for name, fields in self._waiting.items():
-            if size <= 0:
-                break
-            oldest.append((name, fields))
-            size -= event_bytes(name, fields)
-        for name, fields in oldest:
-            del self._waiting[name]
-            self._waiting_bytes -= event_bytes(name, fields)
+        oldest = [(name, self._waiting.pop(name)) for name in self._waiting.oldest(size)]
         if self._spill is not None:
             try:
                 self._spill.put(oldest)
@@ -367,7 +355,9 @@ class JoinStore(Moves):
         if kind == b"D" and self._spill is not None:
             self._spill.put(unpack_entries(payload))
         elif kind in (b"D", b"W"):
-            self._load_waiting(payload)
+            self._load_waiting([Waiting(name, *fields) for name, fields in unpack_entries(payload)])
+        elif kind == b"B":
+            self._load_waiting(Columns(*unpack_block(payload)))
         elif kind == b"F":
             for name, feedback in unpack_early(payload):
                 self._early[name] = feedback
@@ -380,10 +370,12 @@ class JoinStore(Moves):
         else:
             raise JoinError(f"the saved joins have a part {kind!r} that this version does not know")
 
-    def _load_waiting(self, payload: _Bytes) -> None:
-        for name, fields in unpack_entries(payload):
-            self._waiting[name] = fields
-            self._waiting_bytes += event_bytes(name, fields)
+    def _load_waiting(self, items: Sequence[Waiting]) -> None:
+        events = Columns.of(items)
+        names = set(events.ids)
+        if len(names) < len(events) or not self._waiting.numbers.keys().isdisjoint(names):
+            raise JoinError("the saved joins are damaged: an event waits twice")
+        self._waiting.extend(events)
         self._keep_bounds()
 
     def _load_scalars(self, scalars: dict[str, Any]) -> None:

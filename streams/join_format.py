@@ -9,7 +9,8 @@ kind  payload
 S     the scalars: one JSON object (floats as hexadecimal text, so they come back bit for bit)
 R     settled ids, oldest first: per item how it ended (u8), id
 D     events that wait on disk, oldest first: entries
-W     events that wait in memory, oldest first: entries
+B     events that wait in memory, oldest first: how many (u32), what their entries begin with, then ids, then groups,
+      then inputs
 F     early feedback, oldest first: per item label (i64), reward (f64), time (f64), partition (i32), bits (u8: a
       label is there, a reward is there, seen before), id
 E     the end: how many frames came before (u64)
@@ -17,15 +18,19 @@ E     the end: how many frames came before (u64)
 
 An entry is time (f64), predicted class (i64), step (i64), group length (i32, -1 for none), id length (u32),
 inputs length (u32), partition (i32), then id, group and inputs. Text is UTF-8 with a u32 length in front where none is
-given above. What an older version wrote (``adaptd-join-1``) is read too; it names no partitions, which are -1 then.
+given above. What older versions wrote is read too: ``adaptd-join-2`` has entries in frames W instead of B, and so has
+``adaptd-join-1``, which names no partitions; they are -1 then.
 """
 
 from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Iterable, Iterator
-from typing import BinaryIO, NamedTuple, Protocol
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
+from typing import Any, BinaryIO, NamedTuple, Protocol
+
+import numpy as np
 
 from streams.base import Record
 
@@ -110,11 +115,25 @@ Fields = tuple[bytes, float, str | None, int, int, int]
 Early = tuple[int | None, float | None, float, int, bool]
 """Feedback without its id: label, reward, time, partition, and whether somebody else had it before and counted it."""
 
-MAGIC = b"adaptd-join-2\n"
+MAGIC = b"adaptd-join-3\n"
+_MAGIC_2 = b"adaptd-join-2\n"
 _MAGIC_1 = b"adaptd-join-1\n"
 FRAME_BYTES = 1 << 20  # payloads are cut here: few system calls, and little memory on top of the state itself
 _HEADER = struct.Struct("<cIII")
 _ENTRY = struct.Struct("<dqqiIIi")
+_HEADS = np.dtype(
+    [
+        ("time", "<f8"),
+        ("predicted", "<i8"),
+        ("step", "<i8"),
+        ("group", "<i4"),
+        ("id", "<u4"),
+        ("inputs", "<u4"),
+        ("partition", "<i4"),
+    ]
+)
+"""The same as `_ENTRY`, for many at once."""
+_COUNT = struct.Struct("<I")
 _ENTRY_1 = struct.Struct("<dqqiII")
 _EARLY = struct.Struct("<qddiBI")
 _EARLY_1 = struct.Struct("<qddBI")
@@ -125,6 +144,11 @@ _END = struct.Struct("<Q")
 def encode_id(text: str) -> bytes:
     """Return an id as bytes; lone surrogates, which JSON escapes can bring in, are kept as they are."""
     return text.encode("utf-8", "surrogatepass")
+
+
+def decode_id(raw: bytes) -> str:
+    """Return what `encode_id` was given."""
+    return raw.decode("utf-8", "surrogatepass")
 
 
 def pack_entry(id: str, fields: Fields) -> bytes:  # noqa: A002 - the field's own word
@@ -175,6 +199,56 @@ def unpack_entries(payload: bytes) -> Iterator[tuple[str, Fields]]:
         if at > size:
             raise JoinError("the saved joins are damaged: an event is longer than the frame it is in")
         yield name, (payload[middle:at], time, group, predicted, step, partition)
+
+
+def pack_block(
+    ids: Sequence[str],
+    inputs: Sequence[bytes],
+    times: Sequence[float],
+    groups: Sequence[str | None],
+    predicted: Sequence[int],
+    steps: Sequence[int],
+    partitions: Sequence[int],
+) -> bytes:
+    """Return waiting events, given by columns, in binary form."""
+    names, sizes = _texts(ids)
+    labels, label_sizes = _texts([group for group in groups if group is not None])
+    heads = np.empty(len(ids), _HEADS)
+    heads["time"], heads["predicted"], heads["step"], heads["partition"] = times, predicted, steps, partitions
+    heads["id"], heads["inputs"], heads["group"] = sizes, np.fromiter(map(len, inputs), np.uint32, len(ids)), -1
+    if label_sizes.size:
+        heads["group"][[group is not None for group in groups]] = label_sizes
+    return b"".join((_COUNT.pack(len(ids)), heads.tobytes(), names, labels, *inputs))
+
+
+def _texts(texts: Sequence[str]) -> tuple[bytes, np.ndarray[Any, Any]]:
+    """Texts one after another, and their sizes in bytes."""
+    whole = "".join(texts)
+    raw: Iterable[str | bytes] = texts if whole.isascii() else map(encode_id, texts)
+    return encode_id(whole), np.fromiter(map(len, raw), np.uint32, len(texts))
+
+
+def unpack_block(payload: bytes) -> tuple[list[Any], ...]:
+    """Return the columns that `pack_block` was given.
+
+    Raises:
+        JoinError: The payload does not end where its last event ends.
+    """
+    (count,) = _COUNT.unpack_from(payload)
+    heads = np.frombuffer(payload, _HEADS, count, _COUNT.size)
+    at = _COUNT.size + heads.nbytes
+    parts: list[list[bytes]] = []
+    for name in ("id", "group", "inputs"):
+        ends = at + np.maximum(heads[name], 0).cumsum(dtype=np.int64)
+        bounds = [at, *ends.tolist()]
+        parts.append([payload[first:end] for first, end in pairwise(bounds)])
+        at = bounds[-1]
+    if at != len(payload):
+        raise JoinError("the saved joins are damaged: events are not as long as the frame they are in")
+    names, labels, inputs = parts
+    groups = [decode_id(raw) if size >= 0 else None for raw, size in zip(labels, heads["group"].tolist(), strict=True)]
+    numbers = [heads[name].tolist() for name in ("time", "predicted", "step", "partition")]
+    return list(map(decode_id, names)), inputs, numbers[0], groups, *numbers[1:]
 
 
 def pack_early(id: str, feedback: Early) -> bytes:  # noqa: A002
@@ -247,14 +321,14 @@ def read_frames(file: BinaryIO) -> Iterator[tuple[bytes, bytes]]:
         JoinError: The file is cut short, damaged, of another format, or goes on after its end.
     """
     magic = file.read(len(MAGIC))
-    if magic not in (MAGIC, _MAGIC_1):
+    if magic not in (MAGIC, _MAGIC_2, _MAGIC_1):
         raise JoinError("the saved joins do not begin as this version writes them; load an older checkpoint")
     count, at = 0, len(MAGIC)
     while True:
         kind, payload = _read_frame(file, at)
         if kind == b"E":
             break
-        yield kind, payload if magic == MAGIC else upgrade(kind, payload)
+        yield kind, upgrade(kind, payload) if magic == _MAGIC_1 else payload
         at += _HEADER.size + len(payload)
         count += 1
     if payload != _END.pack(count) or file.read(1):

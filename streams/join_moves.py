@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
-from streams.join_format import Early, FeedbackLike, Fields, Joined, Waiting
+from streams.join_format import Early, FeedbackLike, Joined, Waiting
+from streams.join_rows import Columns, Rows
 from streams.join_settled import How, Settled
-from streams.join_size import event_bytes
 
 if TYPE_CHECKING:
     from streams.join_spill import Row, Spill
@@ -24,8 +24,7 @@ class Moves:
     counts: dict[str, int]
     _window: float
     _limit: float
-    _waiting: dict[str, Fields]
-    _waiting_bytes: int
+    _waiting: Rows
     _early: dict[str, Early]
     _settled: Settled
     _spill: Spill | None
@@ -40,9 +39,9 @@ class Moves:
         Returns:
             How many events and feedback that was.
         """
-        gone = [name for name, fields in self._waiting.items() if fields[5] in data]
+        gone = self._waiting.of(data)
         for name in gone:
-            self._waiting_bytes -= event_bytes(name, self._waiting.pop(name))
+            self._waiting.pop(name)
         early = [name for name, fields in self._early.items() if fields[3] in feedback]
         for name in early:
             self._pop_early(name)
@@ -64,11 +63,12 @@ class Moves:
         """
         self._advance(watermark)
         joined: list[Joined] = []
+        kept: dict[str, Waiting] = {}
         on_disk = self._on_disk(items)
         how = self._settled.how
         for item in items:
             name = item[0]
-            if name in self._waiting or name in on_disk:
+            if name in kept or name in self._waiting or name in on_disk:
                 continue
             if name in how:
                 if how[name] is How.INLINE:
@@ -81,8 +81,8 @@ class Moves:
             elif item[2] < self._limit:
                 self._settled.add(name, How.GONE)
             else:
-                self._waiting[name] = item[1:]
-                self._waiting_bytes += event_bytes(name, item[1:])
+                kept[name] = item
+        self._waiting.extend(Columns.of(list(kept.values())))
         self._keep_bounds()
         return joined
 
@@ -108,7 +108,7 @@ class Moves:
                     row = rows.pop(name)
                     removed.append((row.seq, row.cost))
                 else:
-                    self._waiting_bytes -= event_bytes(name, self._waiting.pop(name))
+                    self._waiting.pop(name)
                 self._settled.add(name, How.JOINED)
         if removed and self._spill is not None:
             self._spill.remove(removed)

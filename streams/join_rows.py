@@ -1,0 +1,215 @@
+"""Waiting events in memory: which id lies where, and what belongs to it, in blocks of columns.
+
+Events come in bulk, and most go unasked for, so that is done in C: an id costs an entry of a dictionary, and what
+belongs to it an element of each column. A block without events is let go of; one of which half has gone is packed.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Collection, Iterator, Sequence
+from itertools import compress
+from operator import attrgetter
+from typing import Any, overload
+
+from streams.join_format import Fields, Waiting
+from streams.join_size import event_bytes, events_bytes
+
+__all__ = ["Columns", "Rows"]
+
+_BITS = 8
+_ROWS = 1 << _BITS  # of a block: small, so that a full one is packed at once without being noticed
+_LAST = _ROWS - 1
+
+
+class Columns(Sequence[Waiting]):
+    """Waiting events with one sequence for each field of `Waiting`; a row is made when it is asked for."""
+
+    __slots__ = ("groups", "ids", "inputs", "partitions", "predicted", "steps", "times")
+
+    def __init__(
+        self,
+        ids: Sequence[str],
+        inputs: Sequence[bytes],
+        times: Sequence[float],
+        groups: Sequence[str | None],
+        predicted: Sequence[int],
+        steps: Sequence[int],
+        partitions: Sequence[int],
+    ) -> None:
+        self.ids = ids
+        self.inputs = inputs
+        self.times = times
+        self.groups = groups
+        self.predicted = predicted
+        self.steps = steps
+        self.partitions = partitions
+
+    @classmethod
+    def of(cls, rows: Sequence[Waiting]) -> Columns:
+        """Return rows as columns."""
+        if isinstance(rows, Columns):
+            return rows
+        return cls(*(zip(*rows, strict=True) if rows else [()] * len(Waiting._fields)))
+
+    def all(self) -> tuple[Sequence[Any], ...]:
+        """The columns in the order of the fields."""
+        return _columns_of(self)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @overload
+    def __getitem__(self, at: int) -> Waiting: ...
+
+    @overload
+    def __getitem__(self, at: slice) -> Columns: ...
+
+    def __getitem__(self, at: int | slice) -> Waiting | Columns:
+        parts = [column[at] for column in _columns_of(self)]
+        return Columns(*parts) if isinstance(at, slice) else Waiting(*parts)
+
+    def __iter__(self) -> Iterator[Waiting]:
+        return map(Waiting._make, zip(*_columns_of(self), strict=True))
+
+
+_columns_of: Callable[[Columns], tuple[Any, ...]] = attrgetter(
+    "ids", "inputs", "times", "groups", "predicted", "steps", "partitions"
+)
+
+
+class _Block:
+    """Up to `_ROWS` events in the order in which they came, with those that have gone since among them."""
+
+    __slots__ = ("alive", "columns", "live", "numbers")
+
+    def __init__(self) -> None:
+        self.columns = growing()
+        self.numbers = bytearray()
+        """The number of each row in its block; rows move when the block is packed, numbers do not change."""
+        self.alive = bytearray()
+        self.live = 0
+
+    def extend(self, events: Columns, first: int) -> None:
+        """Append events, the first of which has number ``first``."""
+        count = len(events)
+        for column, values in zip(self.columns, events.all(), strict=True):
+            column.extend(values)
+        self.numbers.extend(range(first, first + count))
+        self.alive.extend(b"\1" * count)
+        self.live += count
+
+    def fields(self, number: int) -> Fields:
+        at = self.numbers.index(number)
+        _, inputs, times, groups, predicted, steps, partitions = self.columns
+        return inputs[at], times[at], groups[at], predicted[at], steps[at], partitions[at]
+
+    def remove(self, number: int) -> None:
+        at = self.numbers.index(number)
+        names, inputs, _, groups, *_ = self.columns
+        names[at], inputs[at], groups[at], self.alive[at] = "", b"", None, 0
+        self.live -= 1
+
+    def left(self) -> Iterator[Iterator[Any]]:
+        """What the columns, and then the numbers, hold of events that have not gone."""
+        return (compress(column, self.alive) for column in (*self.columns, self.numbers))
+
+    def packed(self) -> _Block:
+        """The same without the rows that have gone."""
+        block = _Block()
+        for column, values in zip((*block.columns, block.numbers), self.left(), strict=True):
+            column.extend(values)
+        block.alive.extend(b"\1" * self.live)
+        block.live = self.live
+        return block
+
+
+class Rows:
+    """The events that wait in memory, oldest first.
+
+    Attributes:
+        numbers: A number for each id that waits here; a later event has a higher one.
+        bytes: What everything takes, as `event_bytes` counts it.
+    """
+
+    def __init__(self) -> None:
+        self.numbers: dict[str, int] = {}
+        self.bytes = 0
+        self._blocks: dict[int, _Block] = {}
+        self._next = 0
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.numbers
+
+    def extend(self, events: Columns) -> None:
+        """Append events, none of whose ids waits here or comes twice."""
+        at, count = 0, len(events)
+        self.numbers.update(zip(events.ids, range(self._next, self._next + count), strict=True))
+        while at < count:
+            key, first = self._next >> _BITS, self._next & _LAST
+            part = events[at : at + _ROWS - first]
+            if key not in self._blocks:
+                self._blocks[key] = _Block()
+            self._blocks[key].extend(part, first)
+            self._next += len(part)
+            at += len(part)
+        self.bytes += events_bytes(events.ids, events.inputs, events.groups)
+
+    def get(self, name: str) -> Fields | None:
+        """Return the fields of an event, or None where it does not wait here."""
+        number = self.numbers.get(name)
+        return None if number is None else self._blocks[number >> _BITS].fields(number & _LAST)
+
+    def pop(self, name: str) -> Fields:
+        """Remove an event that waits here, and return its fields."""
+        number = self.numbers.pop(name)
+        key = number >> _BITS
+        block = self._blocks[key]
+        fields = block.fields(number & _LAST)
+        block.remove(number & _LAST)
+        self.bytes -= event_bytes(name, fields[0], fields[2])
+        if not block.live:
+            del self._blocks[key]
+        elif block.live * 2 <= len(block.alive):
+            self._blocks[key] = block.packed()
+        return fields
+
+    def older(self, time: float) -> list[str]:
+        """Ids of the events before a time, in seconds."""
+        return [name for name, at in self._each(2) if at < time]
+
+    def of(self, partitions: Collection[int]) -> list[str]:
+        """Ids of the events that came from some partitions."""
+        return [name for name, number in self._each(6) if number in partitions]
+
+    def oldest(self, size: int) -> list[str]:
+        """Ids of the events that came first, of at least ``size`` bytes where there are as many."""
+        names: list[str] = []
+        for block in self._blocks.values():
+            for name, *fields in compress(zip(*block.columns, strict=True), block.alive):
+                if size <= 0:
+                    return names
+                names.append(name)
+                size -= event_bytes(name, fields[0], fields[2])
+        return names
+
+    def _each(self, column: int) -> Iterator[tuple[str, Any]]:
+        for block in self._blocks.values():
+            yield from compress(zip(block.columns[0], block.columns[column], strict=True), block.alive)
+
+    def copy(self) -> Columns:
+        """Return everything as it is now."""
+        columns = growing()
+        for block in self._blocks.values():
+            whole = block.live == len(block.alive)
+            for column, values in zip(columns, block.columns if whole else block.left(), strict=False):
+                column.extend(values)
+        return Columns(*columns)
+
+
+def growing() -> tuple[Any, ...]:
+    """Empty columns that can grow; the numbers among them take eight bytes each, or four."""
+    return [], [], array("d"), [], array("q"), array("q"), array("i")
