@@ -12,7 +12,6 @@ import math
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from operator import itemgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -37,11 +36,9 @@ from policies.interfaces import (
     Verdict,
     load_weights,
 )
-from streams.codec import Event, Feedback
-from streams.join import Columns, Joined, JoinStore, Waiting
+from streams.codec import Event, Events, Feedback
+from streams.join import Joined, JoinStore, Waiting, WaitingRows
 from streams.seams import failpoint
-
-_partition_of = itemgetter(1)
 
 MAX_DEFERRED = 64
 """Batches whose adaptation may wait for a background job before serving waits too; bounds memory."""
@@ -73,7 +70,7 @@ class CoreSettings:
 class Answers(NamedTuple):
     """Answers to one batch, in row order."""
 
-    events: Sequence[Event]
+    events: Events
     labels: NDArray[np.int64]
     probabilities: NDArray[np.float32]
     release: int
@@ -138,13 +135,13 @@ class Core:
 
     def answer(self, events: Sequence[Event]) -> Answers:
         """Answer a batch of at least one event. `follow` must be called next, once the answers are on their way."""
-        ids, inputs, times, groups, _ = zip(*events, strict=True)
+        events = Events.of(events)
         batch = Batch(
-            ids=ids,
-            inputs=self.host.inputs.stack(inputs, self.host.device),
-            times=torch.tensor(times, dtype=torch.float64),
-            groups=groups,
-            now=self.clock.advance(times),
+            ids=tuple(events.ids),
+            inputs=self.host.inputs.stack(events.inputs, self.host.device),
+            times=torch.from_numpy(np.array(events.times)),
+            groups=tuple(events.groups),
+            now=self.clock.advance(events.times),
         )
         logits = self.methods.adaptation.adapt(batch)
         probabilities = logits.float().softmax(1)
@@ -172,9 +169,8 @@ class Core:
 
     def _wait_for_labels(self, answers: Answers) -> None:
         """Let the inputs of a batch wait; labels that came before their event join now."""
-        ids, inputs, times, groups, records = zip(*answers.events, strict=True)
-        steps, partitions = [answers.step] * len(ids), list(map(_partition_of, records))
-        waiting = Columns(ids, inputs, times, groups, answers.labels.tolist(), steps, partitions)
+        columns, steps = answers.events.columns[:4], [answers.step] * len(answers.events)
+        waiting = WaitingRows(*columns, answers.labels.tolist(), steps, answers.events.records.partitions)
         self._joined(self.joins.answered(waiting, self.watermark))
 
     def _watch(self, batch: Batch, logits: Tensor, answers: Answers) -> None:

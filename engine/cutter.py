@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain, groupby, islice
 from typing import NamedTuple, cast
 
 from engine.rebuild import Rebuild
 from streams.base import Partition, Positions, Record, StreamError
-from streams.codec import BadRecord, Event, Feedback
+from streams.codec import BadRecord, Event, Events, Feedback
 from streams.journal import Entry, Kind, Run, runs_of
 
 
@@ -51,12 +52,65 @@ class Cut(NamedTuple):
         return {(run.stream, run.partition): run.end for run in self.runs}
 
 
-def split(items: Sequence[Item]) -> tuple[list[Event | Feedback], list[Bad]]:
+def split(items: Sequence[Item]) -> tuple[Sequence[Event | Feedback], list[Bad]]:
     """The items that could be decoded and those that could not, each in order."""
+    if isinstance(items, Events):
+        return items, []
     bad = [item for item in items if type(item) is Bad]
     if not bad:
         return cast("list[Event | Feedback]", list(items)), []
     return [item for item in items if not isinstance(item, Bad)], bad
+
+
+def times_of(items: Sequence[Item]) -> Sequence[float]:
+    """The times of items, in seconds."""
+    return items.times if isinstance(items, Events) else [item.time for item in items]
+
+
+def _by_stream(items: Sequence[Item]) -> list[tuple[str, Sequence[Item]]]:
+    """Items in runs of one stream each; columns are of one."""
+    if isinstance(items, Events):
+        return [(items.records.streams[0], items)]
+    return [(stream, list(run)) for stream, run in groupby(items, lambda item: item.record.stream)]
+
+
+class Line:
+    """Items in the order in which they came, and in the parts in which they came."""
+
+    def __init__(self) -> None:
+        self._parts: deque[Sequence[Item]] = deque()
+        self._at = self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Item]:
+        return islice(chain.from_iterable(self._parts), self._at, None)
+
+    def extend(self, items: Sequence[Item]) -> None:
+        """Append items."""
+        if items:
+            self._parts.append(items)
+            self._count += len(items)
+
+    def take(self, most: int) -> Sequence[Item]:
+        """Remove up to ``most`` items and return them."""
+        count = min(most, self._count)
+        self._count -= count
+        taken: list[Sequence[Item]] = []
+        while count:
+            part = self._parts[0]
+            piece = part[self._at : self._at + count] if self._at or len(part) > count else part
+            taken.append(piece)
+            count -= len(piece)
+            self._at += len(piece)
+            if self._at == len(part):
+                self._parts.popleft()
+                self._at = 0
+        if len(taken) == 1:
+            return taken[0]
+        columns = [piece for piece in taken if isinstance(piece, Events)]
+        return Events.joined(columns) if len(columns) == len(taken) else list(chain.from_iterable(taken))
 
 
 MOVES = (Kind.TAKEN, Kind.LEFT)
@@ -185,7 +239,7 @@ class Cutter:
         raise NotImplementedError
 
     def _make(self, kind: Kind, items: Sequence[Item]) -> Cut:
-        runs = runs_of([item.record for item in items])
+        runs = runs_of(items.records if isinstance(items, Events) else [item.record for item in items])
         for run in runs:
             self.taken[run.stream] += run.count
         return Cut(kind, items, runs)
@@ -235,7 +289,7 @@ class ArrivalCutter(Cutter):
     ) -> None:
         super().__init__(kinds, max_size, replay)
         self._max_delay = max_delay
-        self._lines: dict[Kind, deque[Item]] = {Kind.DATA: deque(), Kind.FEEDBACK: deque()}
+        self._lines: dict[Kind, Line] = {Kind.DATA: Line(), Kind.FEEDBACK: Line()}
         self._arrived: dict[Kind, deque[tuple[float, int]]] = {Kind.DATA: deque(), Kind.FEEDBACK: deque()}
         self._turn = Kind.DATA
         self._seen_last = False
@@ -257,14 +311,10 @@ class ArrivalCutter(Cutter):
         self._leave_replay(now)
         if self.rebuild.until:
             items = self.rebuild.sort(items)
-        start = 0
-        for index in range(1, len(items) + 1):  # one chunk mostly holds one stream
-            stream = items[start].record.stream
-            if index == len(items) or items[index].record.stream != stream:
-                kind = self._kinds[stream]
-                self._lines[kind].extend(items[start:index])
-                self._arrived[kind].append((now, index - start))
-                start = index
+        for stream, part in _by_stream(items):
+            kind = self._kinds[stream]
+            self._lines[kind].extend(part)
+            self._arrived[kind].append((now, len(part)))
 
     def resize(self, max_size: int, max_delay: float) -> None:
         """See `Cutter.resize`."""
@@ -278,12 +328,15 @@ class ArrivalCutter(Cutter):
         for item in self.rebuild.drop(gone):
             self.taken[item.record.stream] += 1
         for kind, line in self._lines.items():
-            kept = deque(item for item in line if (item.record.stream, item.record.partition) not in gone)
+            kept: list[Item] = []
             for item in line:
                 if (item.record.stream, item.record.partition) in gone:
                     self.taken[item.record.stream] += 1
+                else:
+                    kept.append(item)
             when = self._arrived[kind][0][0] if kept else 0.0
-            self._lines[kind] = kept
+            self._lines[kind] = Line()
+            self._lines[kind].extend(kept)
             self._arrived[kind] = deque([(when, len(kept))] if kept else ())
 
     def _cut(self, now: float) -> Cut | None:
@@ -304,7 +357,7 @@ class ArrivalCutter(Cutter):
             line = self._lines[kind]
             if line and (len(line) >= self._max_size or now >= self._due(kind) or self._over(kind)):
                 self._turn = Kind.FEEDBACK if kind is Kind.DATA else Kind.DATA
-                items = [line.popleft() for _ in range(min(self._max_size, len(line)))]
+                items = line.take(self._max_size)
                 self._forget(kind, len(items))
                 return self._make(kind, items)
         return None

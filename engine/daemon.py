@@ -211,8 +211,8 @@ class Daemon:
         if chunk.placed:
             self.writer.answered = {**self.writer.answered, **chunk.committed}
             self.handover.placed(chunk)
-        if chunk.items:
-            self.cutter.feed(chunk.items, time.monotonic())
+        for items in chunk.items:
+            self.cutter.feed(items, time.monotonic())
         if chunk.read:
             self.cutter.read(chunk.read)
         if chunk.ended:

@@ -20,7 +20,8 @@ import kernels
 from engine.metric_families import Families
 from policies.interfaces import StepKind
 from streams.base import Partition
-from streams.codec import Event, Feedback, Reason
+from streams.codec import Events, Feedback, Reason
+from streams.columns import Records
 from streams.join import KINDS
 from streams.seams import CLOCK, Clock
 
@@ -73,30 +74,27 @@ class Metrics(Families):
         """Note the time of one stage of a batch; ``name`` is one of `STAGES`."""
         self.stage_duration.labels(name).observe(seconds)
 
-    def batch(self, events: Sequence[Event], predict: float, adapt: float) -> None:
+    def batch(self, events: Events, predict: float, adapt: float) -> None:
         """Note a batch of data that was answered in ``predict`` seconds and then adapted to in ``adapt`` seconds."""
         now = self.clock.time()
         self.batch_size.observe(len(events))
         self._stages["predict"].observe(predict)
         self._stages["adapt"].observe(adapt)
-        oldest = min([event.record[4] for event in events])
+        oldest = min(events.records.timestamps)
         if oldest == oldest:  # NaN where the stream has no timestamps
             self.latency.observe(max(0.0, now - adapt - oldest))
-        self._applied(events, now)
+        self._applied(events.records, now)
 
-    def feedback(self, items: Sequence[Event | Feedback], seconds: float) -> None:
+    def feedback(self, items: Sequence[Feedback], seconds: float) -> None:
         """Note a batch of feedback that was joined in ``seconds``."""
         now = self.clock.time()
         self._stages["join"].observe(seconds)
         self.feedback_received.set(now)
-        self._applied(items, now)
+        self._applied(Records.of([item.record for item in items]), now)
 
-    def _applied(self, items: Sequence[Event | Feedback], now: float) -> None:
+    def _applied(self, records: Records, now: float) -> None:
         self.progress.set(now)
-        newest = self._newest
-        for item in items:
-            record = item.record
-            newest[record[0], record[1]] = record[4]  # by number: half the time of names, for every record
+        self._newest.update({at[:2]: records.timestamps[at.stop - 1] for at in records.stretches})
 
     def records_out(self, stream: str, count: int) -> None:
         """Note records handed to a sink."""

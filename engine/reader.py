@@ -24,6 +24,7 @@ from engine.holdings import Holdings, Standing, seen_before
 from engine.retention import Retention
 from streams.base import Found, Partition, Positions, Record, Source, StreamUnavailableError
 from streams.codec import InputSpec, decode_events, decode_feedback
+from streams.columns import Records
 from streams.journal import Kind, Run
 from streams.seams import failpoint
 
@@ -41,7 +42,8 @@ log = structlog.get_logger("adaptd")
 class Chunk:
     """Decoded items on their way to the engine, and partitions that are new or have ended."""
 
-    items: list[Item] = field(default_factory=list)
+    items: Sequence[Sequence[Item]] = ()
+    """In parts of one stream each."""
     placed: bool = False
     """Whether partitions were given out anew; what is not in ``assigned`` then, and was ours, is ours no more."""
     assigned: Sequence[Partition] = ()
@@ -271,13 +273,13 @@ class Reader:
         return tuple(sorted(self._paused))
 
     def _give(self, records: Sequence[Record]) -> None:
-        items: list[Item] = []
+        items: list[Sequence[Item]] = []
         for stream, part in _by_stream(records):
             decode = decode_events if self._kinds[stream] is Kind.DATA else decode_feedback
             good, bad = decode(part, self._spec)
-            items += _in_order(part, good, [Bad(record, error) for record, error in bad]) if bad else good
+            items.append(_in_order(part, good, [Bad(record, error) for record, error in bad]) if bad else good)
             self._given[stream] += len(part)
-            self.bytes += sum([len(record.value) for record in part])
+            self.bytes += sum(map(len, part.values if isinstance(part, Records) else [record.value for record in part]))
         self.seen += len(records)
         failpoint("reader.decoded")
         anyio.from_thread.run_sync(self._hand_over, Chunk(items))
@@ -317,8 +319,10 @@ class Reader:
                 self._commits.append((positions, floors))
 
 
-def _by_stream(records: Sequence[Record]) -> list[tuple[str, Sequence[Record]]]:
+def _by_stream(records: Sequence[Record]) -> Sequence[tuple[str, Sequence[Record]]]:
     """Records in runs of one stream each, order kept."""
+    if isinstance(records, Records):
+        return records.by_stream()
     if records[0].stream == records[-1].stream and all(r.stream == records[0].stream for r in records):
         return [(records[0].stream, records)]
     parts: list[tuple[str, list[Record]]] = []
@@ -326,7 +330,7 @@ def _by_stream(records: Sequence[Record]) -> list[tuple[str, Sequence[Record]]]:
         if not parts or parts[-1][0] != record.stream:
             parts.append((record.stream, []))
         parts[-1][1].append(record)
-    return list(parts)
+    return parts
 
 
 def _in_order(records: Sequence[Record], good: Sequence[Item], bad: Sequence[Item]) -> list[Item]:

@@ -10,7 +10,7 @@ from typing import cast
 import structlog
 
 from engine.core import Answers, Core
-from engine.cutter import MOVES, Bad, Cut, split
+from engine.cutter import MOVES, Bad, Cut, split, times_of
 from engine.floors import Floors
 from engine.keeper import Keeper, Snapshot
 from engine.metrics import Metrics
@@ -143,22 +143,23 @@ class Runner:
         good, bad = split(cut.items)
         self._dead(bad)
         if cut.kind is Kind.DATA and good:
-            self._answer(cut, cast("list[Event]", good), bad)  # a stream carries one kind
+            self._answer(cut, cast("Sequence[Event]", good), bad)  # a stream carries one kind
             return
         if cut.kind is Kind.SEEN_DATA and good:
-            self.core.seen(cast("list[Event]", good))
+            self.core.seen(cast("Sequence[Event]", good))
         elif cut.kind is Kind.SEEN_FEEDBACK and good:
-            self.core.seen_feedback(cast("list[Feedback]", good))
+            self.core.seen_feedback(cast("Sequence[Feedback]", good))
         elif good:
             started = time.perf_counter()
-            self.core.feedback(cast("list[Feedback]", good))
+            feedback = cast("Sequence[Feedback]", good)
+            self.core.feedback(feedback)
             failpoint("feedback.joined")
-            self.metrics.feedback(good, time.perf_counter() - started)
+            self.metrics.feedback(feedback, time.perf_counter() - started)
         self._mark(cut)
         if cut.kind is Kind.DATA or cut.kind is Kind.FEEDBACK:  # what was seen before is out and committed
             self.writer.put(self._outgoing(cut, bad))
 
-    def _answer(self, cut: Cut, events: list[Event], bad: Sequence[Bad]) -> None:
+    def _answer(self, cut: Cut, events: Sequence[Event], bad: Sequence[Bad]) -> None:
         started = time.perf_counter()
         answers = self.core.answer(events)
         answered = time.perf_counter()
@@ -169,7 +170,7 @@ class Runner:
         failpoint("answers.put")
         self.core.follow()
         failpoint("followed")
-        self.metrics.batch(events, answered - started, time.perf_counter() - put)
+        self.metrics.batch(answers.events, answered - started, time.perf_counter() - put)
 
     def _outgoing(self, cut: Cut, bad: Sequence[Bad], answers: Answers | None = None) -> Outgoing:
         positions = cut.positions()
@@ -180,9 +181,9 @@ class Runner:
         """Note where the records of a cut lie in time."""
         if not self.floors.kept:
             return
-        at = 0
+        at, times = 0, times_of(cut.items)
         for run in cut.runs:
-            newest = max([item.time for item in cut.items[at : at + run.count]])
+            newest = max(times[at : at + run.count])
             at += run.count
             if newest > -math.inf:  # a record that could not be decoded has no time, and nothing waits of it
                 self.floors.mark((run.stream, run.partition), run.first, newest, self.core.now)

@@ -31,7 +31,7 @@ from streams.base import (
     StreamUnavailableError,
     Transactions,
 )
-from streams.codec import Form, dead_letter, encode_predictions
+from streams.codec import Events, Form, dead_letter, encode_predictions
 from streams.refusals import Refusals
 from streams.seams import failpoint
 
@@ -278,29 +278,27 @@ class Writer:
                 del self._ahead[partition]
         return done
 
-    def _encode(self, answers: Answers, done: Positions) -> tuple[list[Message], list[Record]]:
+    def _encode(self, answers: Answers, done: Positions) -> tuple[Sequence[Message], Sequence[Record]]:
         """Messages for the rows that are not before the positions in ``done``, and their records."""
         events, labels, probabilities = answers.events, answers.labels, answers.probabilities
         if done:
-            rows = [
-                i for i, e in enumerate(events) if e.record.offset >= done.get((e.record.stream, e.record.partition), 0)
-            ]
+            places = enumerate(zip(*events.records.columns[:3], strict=True))
+            rows = [i for i, (stream, number, offset) in places if offset >= done.get((stream, number), 0)]
             if len(rows) < len(events):
-                events = [events[i] for i in rows]
+                events = Events.of([events[i] for i in rows])
                 chosen = np.array(rows, dtype=np.int64)
                 labels, probabilities = labels[chosen], probabilities[chosen]
-        records = [event.record for event in events]
         messages = encode_predictions(
-            [event.id for event in events],
+            events.ids,
             labels,
             probabilities,
-            [event.time for event in events],
-            records=records,
+            events.times,
+            records=events.records,
             release=answers.release,
             step=answers.step,
             form=self._form,
         )
-        return messages, records
+        return messages, events.records
 
     def _bury(self, bad: Bad) -> None:
         record = bad.record

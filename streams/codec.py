@@ -22,18 +22,21 @@ from streams.codec_types import (
     VERSION,
     BadRecord,
     Event,
+    Events,
     Feedback,
     Form,
     InputSpec,
     Prediction,
     Reason,
 )
+from streams.columns import Records
 
 __all__ = [
     "MAX_BYTES",
     "VERSION",
     "BadRecord",
     "Event",
+    "Events",
     "Feedback",
     "Form",
     "InputSpec",
@@ -62,7 +65,7 @@ def _check_size(value: bytes, max_bytes: int) -> None:
 
 def decode_events(
     records: Sequence[Record], spec: InputSpec, *, max_bytes: int = MAX_BYTES
-) -> tuple[list[Event], Refused]:
+) -> tuple[Sequence[Event], Refused]:
     """Decode data records, each in its own form.
 
     Args:
@@ -193,7 +196,7 @@ def encode_predictions(
     release: int,
     step: int,
     form: Form = "json",
-) -> list[Message]:
+) -> Sequence[Message]:
     """Encode the predictions of one batch.
 
     Args:
@@ -209,9 +212,18 @@ def encode_predictions(
     Returns:
         One message for each event in order: key is the event id, header ``adaptd-id`` is ``stream-partition-offset``.
     """
-    record_ids = [f"{record[0]}-{record[1]}-{record[2]}".encode() for record in records]
+    record_ids = _record_ids(Records.of(records))
     encode = codec_binary.encode_predictions if form == "binary" else codec_json.encode_predictions
     return encode(ids, labels.tolist(), probabilities, times, record_ids=record_ids, release=release, step=step)
+
+
+def _record_ids(records: Records) -> list[bytes]:
+    """What `Record.id` gives for each, in UTF-8."""
+    found: list[bytes] = []
+    for at in records.stretches:
+        form = f"{at.stream}-{at.partition}-".encode().replace(b"%", b"%%") + b"%d"
+        found += map(form.__mod__, records.offsets[at.start : at.stop])
+    return found
 
 
 def encode_prediction(prediction: Prediction, record: Record, *, form: Form = "json") -> Message:

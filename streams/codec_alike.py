@@ -8,15 +8,14 @@ which decodes record by record and alone says what is wrong.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
-from itertools import repeat
 from typing import Any, Final
 
 import numpy as np
 
 from streams.base import Record
 from streams.codec_binary import MAGIC, Layout, decode_event
-from streams.codec_types import LATEST_TIME, BadRecord, Event
+from streams.codec_types import LATEST_TIME, BadRecord, Events
+from streams.columns import Records
 
 _LEAST: Final = 8
 """Records of one length, on average, from which decoding them at once pays."""
@@ -27,10 +26,8 @@ _TIME: Final = slice(16, 24)
 _FLAGS_AT: Final = 8
 _HAS_TIME: Final = 8
 
-_make_event = partial(tuple.__new__, Event)  # what `Event` does, without a Python call for each
 
-
-def decode_together(records: Sequence[Record], layout: Layout, max_bytes: int) -> list[Event] | None:
+def decode_together(records: Sequence[Record], layout: Layout, max_bytes: int) -> Events | None:
     """Decode records in groups of one length.
 
     Args:
@@ -41,32 +38,34 @@ def decode_together(records: Sequence[Record], layout: Layout, max_bytes: int) -
     Returns:
         The events in order; None where any record is unlike those of its length, or may be bad.
     """
-    groups: dict[int, list[int]] = {}
-    for at, record in enumerate(records):
-        groups.setdefault(len(record.value), []).append(at)
-    if not groups or max(groups) > max_bytes or len(records) < _LEAST * len(groups):
+    values = records.values if isinstance(records, Records) else [record.value for record in records]
+    sizes = list(map(len, values))
+    kinds = set(sizes)
+    if not kinds or max(kinds) > max_bytes or len(records) < _LEAST * len(kinds):
         return None
-    if len(groups) == 1:
-        return _decode(records, layout)
-    events: list[Any] = [None] * len(records)
-    for places in groups.values():
-        found = _decode([records[at] for at in places], layout)
+    if len(kinds) == 1:
+        found = _decode(records, values, layout)
+        return None if found is None else Events(*found, [None] * len(records), records)
+    columns: tuple[list[Any], ...] = tuple([None] * len(records) for _ in range(3))
+    for size in kinds:
+        places = [at for at, own in enumerate(sizes) if own == size]
+        found = _decode([records[at] for at in places], [values[at] for at in places], layout)
         if found is None:
             return None
-        for at, event in zip(places, found, strict=True):
-            events[at] = event
-    return events
+        for column, part in zip(columns, found, strict=True):
+            for at, value in zip(places, part, strict=True):
+                column[at] = value
+    return Events(*columns, [None] * len(records), records)
 
 
-def _decode(records: Sequence[Record], layout: Layout) -> list[Event] | None:
-    """Decode records of one length, or None."""
-    if not records[0].value.startswith(MAGIC):
+def _decode(records: Sequence[Record], values: Sequence[bytes], layout: Layout) -> tuple[list[Any], ...] | None:
+    """Ids, inputs and times of records of one length, or None."""
+    if not values[0].startswith(MAGIC):
         return None
     try:
         decode_event(records[0], layout)
     except BadRecord:
         return None
-    values = [record.value for record in records]
     names_at, tensor_at = layout.head.size, len(values[0]) - layout.tensor
     heads = np.frombuffer(b"".join([value[:tensor_at] for value in values]), np.uint8).reshape(-1, tensor_at)
     if heads[0, _GROUP_BYTES].any() or not _agree(heads, names_at):
@@ -80,8 +79,7 @@ def _decode(records: Sequence[Record], layout: Layout) -> list[Event] | None:
         return None
     text, size = names.decode(), tensor_at - names_at
     ids = [text[at : at + size] for at in range(0, len(text), size)]
-    inputs = [value[tensor_at:] for value in values]
-    return list(map(_make_event, zip(ids, inputs, times.tolist(), repeat(None), records)))
+    return ids, [value[tensor_at:] for value in values], times.tolist()
 
 
 def _agree(heads: np.ndarray[Any, Any], names_at: int) -> bool:

@@ -33,13 +33,13 @@ import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import repeat
 from typing import Any, Final
 
 import numpy as np
 
-from streams.base import Message, Record
+from streams.base import Record
 from streams.codec_types import (
     DTYPE_FORMATS,
     MAX_ID_CHARS,
@@ -53,6 +53,7 @@ from streams.codec_types import (
     check_id,
     check_time,
 )
+from streams.columns import Messages
 
 MAGIC: Final = b"\xadADT"
 
@@ -85,7 +86,6 @@ _ANSWER_HEAD: Final = np.dtype(
     ]
 )
 """The same as `_PREDICTION_HEAD`, for many at once; the size of the group and what is reserved behind it are 0."""
-_make_message = partial(tuple.__new__, Message)  # what `Message` does, without a Python call for each
 _DTYPE_NAMES: Final = {0: "none"} | {code: name for name, (code, _) in DTYPE_FORMATS.items()}
 
 
@@ -307,7 +307,7 @@ def encode_predictions(
     record_ids: Sequence[bytes],
     release: int,
     step: int,
-) -> list[Message]:
+) -> Messages:
     """Encode predictions; see `streams.codec.encode_predictions`."""
     classes = probabilities.shape[1]
     raw = np.ascontiguousarray(probabilities, dtype="<f4").tobytes()
@@ -320,8 +320,7 @@ def encode_predictions(
     heads["classes"] = classes
     fixed, size, row = heads.tobytes(), _ANSWER_HEAD.itemsize, 4 * classes
     values = [fixed[at * size : at * size + size] + key + raw[at * row : at * row + row] for at, key in enumerate(keys)]
-    headers = zip(zip(repeat("adaptd-id"), record_ids))
-    return list(map(_make_message, zip(keys, values, headers, strict=True)))
+    return Messages(keys, values, list(zip(zip(repeat("adaptd-id"), record_ids))))
 
 
 def decode_prediction(value: bytes) -> Prediction:

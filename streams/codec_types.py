@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
@@ -12,6 +13,7 @@ from typing import Any, Final, Literal, NamedTuple
 import numpy as np
 
 from streams.base import Record
+from streams.columns import Column, Columns, Records
 
 Form = Literal["json", "binary"]
 
@@ -144,6 +146,22 @@ class Event(NamedTuple):
     """Event time, seconds."""
     group: str | None
     record: Record
+
+
+class Events(Columns[Event]):
+    """Decoded data records as columns; `records` are columns too."""
+
+    __slots__ = ("records",)
+    kind = Event
+    ids = Column[str](0)
+    inputs = Column[bytes](1)
+    times = Column[float](2)
+    groups = Column[str | None](3)
+
+    def __init__(self, *columns: Sequence[Any]) -> None:
+        self.records = Records.of(columns[4])
+        """What they were decoded from."""
+        super().__init__(*columns[:4], self.records)
 
 
 class Feedback(NamedTuple):

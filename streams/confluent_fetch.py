@@ -3,48 +3,50 @@
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Collection, Sequence
-from functools import partial
-from itertools import repeat
 from typing import Any
 
 from confluent_kafka import Consumer, Message, TopicPartition
 
 from streams.base import Headers, Partition, Record
+from streams.columns import Mapped, Records
 
 HELD_RECORDS = 32_768
 HELD_BYTES = 8 * 2**20
 """How much of a paused topic is held before librdkafka is told to stop fetching it. It fetches again at half of that,
 which has to last until something comes: a tenth of a second or two."""
 
-_make_record = partial(tuple.__new__, Record)  # what `Record` does, without a Python call for each
 
-
-def records(messages: Sequence[Message]) -> list[Record]:
+def records(messages: Sequence[Message]) -> Records:
     """Return messages, none of them an error, as records in the same order."""
-    offsets: list[int] = list(map(Message.offset, messages))  # type: ignore[arg-type]  # None only for an error
-    values, headers = list(map(Message.value, messages)), list(map(Message.headers, messages))
-    times = [milliseconds / 1000 if kind else math.nan for kind, milliseconds in map(Message.timestamp, messages)]
-    columns = (
-        map(Message.topic, messages),
-        map(Message.partition, messages),
+    topics, offsets = list(map(Message.topic, messages)), list(map(Message.offset, messages))
+    values: list[bytes | None] = list(map(Message.value, messages))
+    if messages and topics.count(topics[0]) == len(topics):
+        topics = topics[:1] * len(topics)  # one string, not as many
+    return Records(
+        topics,
+        list(map(Message.partition, messages)),
         offsets,
-        [offset + 1 for offset in offsets],
-        times,
-        map(Message.key, messages),
+        Mapped(_next, offsets),
+        [milliseconds / 1000 if kind else math.nan for kind, milliseconds in map(Message.timestamp, messages)],
+        Mapped(Message.key, messages),
         [value or b"" for value in values] if None in values else values,
-        map(_plain, headers) if any(headers) else repeat((), len(messages)),
+        Mapped(_headers, messages),
     )
-    return list(map(_make_record, zip(*columns, strict=True)))
 
 
-def _size(part: Collection[Record]) -> int:
-    return sum([len(record.value) for record in part])
+def _next(offset: int) -> int:
+    return offset + 1
 
 
-def _plain(headers: Any) -> Headers:
+def _headers(message: Message) -> Headers:
+    headers: Any = message.headers()
     return tuple([(name, content or b"") for name, content in headers]) if headers else ()
+
+
+def _size(part: Records) -> int:
+    return sum(map(len, part.values))
 
 
 class Flow:
@@ -59,33 +61,44 @@ class Flow:
         self.paused: set[str] = set()
         self.stopped: set[str] = set()
         """Topics that librdkafka gives nothing of."""
-        self._held: dict[str, deque[Record]] = {}
-        self._bytes: dict[str, int] = {}
+        self._held: dict[str, deque[Records]] = {}
+        self._counts: Counter[str] = Counter()
+        self._bytes: Counter[str] = Counter()
 
-    def divide(self, came: list[Record]) -> list[Record]:
+    def divide(self, came: Records) -> Records:
         """Keep records of paused topics; return the others."""
-        streams = {record[0] for record in came} if self.paused else set()
-        kept = streams & self.paused
-        for stream in kept:
-            part = came if len(streams) == 1 else [record for record in came if record[0] == stream]
-            self._held.setdefault(stream, deque()).extend(part)
-            self._bytes[stream] = self._bytes.get(stream, 0) + _size(part)
-        return [record for record in came if record[0] not in kept] if kept else came
+        if not self.paused or not came:
+            return came
+        others = [came[:0]]
+        for stream, part in came.by_stream():
+            if stream in self.paused:
+                self._held.setdefault(stream, deque()).append(part)
+                self._counts[stream] += len(part)
+                self._bytes[stream] += _size(part)
+            else:
+                others.append(part)
+        return Records.joined(others)
 
-    def take(self, most: int) -> list[Record]:
+    def take(self, most: int) -> Sequence[Record]:
         """Return up to ``most`` records that were kept of topics that are not paused any more."""
-        taken: list[Record] = []
+        taken: list[Records] = []
         for stream, waiting in self._held.items():
-            if stream not in self.paused:
-                part = [waiting.popleft() for _ in range(min(most - len(taken), len(waiting)))]
+            while waiting and most and stream not in self.paused:
+                part = waiting.popleft()
+                if len(part) > most:
+                    waiting.appendleft(part[most:])
+                    part = part[:most]
+                most -= len(part)
+                self._counts[stream] -= len(part)
                 self._bytes[stream] -= _size(part)
-                taken += part
-        return taken
+                taken.append(part)
+        return Records.joined(taken) if taken else []
 
     def first(self, partition: Partition) -> int | None:
         """The offset of the first record that is kept of a partition."""
         waiting = self._held.get(partition[0], ())
-        return next((record.offset for record in waiting if record.partition == partition[1]), None)
+        stretches = ((part, stretch) for part in waiting for stretch in part.stretches)
+        return next((part.offsets[at.start] for part, at in stretches if at.partition == partition[1]), None)
 
     def apply(self, consumer: Consumer, owned: Collection[Partition]) -> None:
         """Stop topics of which much waits, and let those flow again of which little does."""
@@ -99,11 +112,11 @@ class Flow:
                 consumer.resume([TopicPartition(*p) for p in owned if p[0] == stream])
 
     def _fill(self, stream: str) -> float:
-        count = len(self._held.get(stream, ()))
-        return max(count / HELD_RECORDS, self._bytes.get(stream, 0) / HELD_BYTES)
+        return max(self._counts[stream] / HELD_RECORDS, self._bytes[stream] / HELD_BYTES)
 
     def clear(self) -> None:
         """Forget what is kept; what is paused stays so."""
         self.stopped.clear()
         self._held.clear()
+        self._counts.clear()
         self._bytes.clear()

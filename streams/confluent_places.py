@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from confluent_kafka import Consumer, TopicPartition
 
 from streams.base import Assignment, Found, Partition, Positions, Record, StreamError
+from streams.columns import Records
 from streams.confluent_client import Watch, identities
 from streams.confluent_commits import Commits
 from streams.confluent_fetch import Flow
@@ -84,7 +85,8 @@ class Places:
 
     def note_given(self, records: Sequence[Record]) -> None:
         """Hear what `poll` returns."""
-        self.positions.update({(record.stream, record.partition): record.end for record in records})
+        came = Records.of(records)
+        self.positions.update({at[:2]: came.ends[at.stop - 1] for at in came.stretches})
 
     def note_end(self, partition: Partition, end: int) -> None:
         """Hear that there is nothing before ``end`` any more, and nothing behind it yet."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any
@@ -13,6 +12,7 @@ from confluent_kafka import KafkaError, KafkaException, Producer
 from confluent_kafka import Message as Delivered
 
 from streams.base import Message, StreamError, StreamUnavailableError
+from streams.columns import Messages
 from streams.confluent_client import FORBIDDEN, Watch, as_stream_error, describe, error_of, explain, make
 from streams.confluent_config import batch_size, producer_config
 from streams.kafka_settings import KafkaSettings
@@ -26,6 +26,9 @@ _FINAL = frozenset(
         KafkaError.UNSUPPORTED_VERSION,
     }
 )
+
+
+_NOTHING = Messages.of(())
 
 
 class ConfluentClient(SharedProducer[Producer]):
@@ -99,7 +102,7 @@ class ConfluentSink(TopicSink[ConfluentClient]):
     _producer: Producer | None
 
     def _set_up(self) -> None:
-        self._rest: deque[Message] = deque()
+        self._rest = _NOTHING
         self._refused: tuple[KafkaError, int] | None = None
 
     def _own_client(self) -> ConfluentClient:
@@ -135,7 +138,7 @@ class ConfluentSink(TopicSink[ConfluentClient]):
             for message in messages:
                 self._check_size(message)
         self._make_room(producer, len(messages))
-        self._rest.extend(messages)
+        self._rest = Messages.joined([self._rest, messages]) if self._rest else Messages.of(messages)
         self._hand_over(producer)
         self._serve(producer.poll, 0)
         self._raise_refused()
@@ -155,7 +158,7 @@ class ConfluentSink(TopicSink[ConfluentClient]):
                 raise self._waiting()
 
     def _forget(self) -> None:
-        self._rest.clear()
+        self._rest = _NOTHING
         self._refused = None
 
     def _opened(self) -> Producer:
@@ -171,21 +174,24 @@ class ConfluentSink(TopicSink[ConfluentClient]):
 
     def _hand_over(self, producer: Producer) -> None:
         """Give librdkafka what it has room for; the rest stays, in order."""
-        rest, topic, produce, refused = self._rest, self.topic, producer.produce, self._note_refused
+        topic, produce, refused, done = self.topic, producer.produce, self._note_refused, 0
         try:
-            while rest:
-                key, value, headers = rest[0]
-                if headers:
-                    produce(topic, value, key, -1, refused, headers=list(headers))
-                else:
-                    produce(topic, value, key, -1, refused)
-                rest.popleft()
+            try:
+                for key, value, headers in zip(*self._rest.columns, strict=True):
+                    if len(headers) == 1:  # by place and as a dictionary it takes a third less than otherwise
+                        ((name, content),) = headers
+                        produce(topic, value, key, -1, refused, None, 0, {name: content})
+                    else:
+                        produce(topic, value, key, -1, refused, headers=list(headers))
+                    done += 1
+            finally:
+                self._rest = self._rest[done:]
         except BufferError:
             self._serve(producer.poll, 0)
         except KafkaException as error:
             failure = self._client.failure(error, f"writing to {self.topic}")
             if self._client.transactional_id is not None or not isinstance(failure, StreamUnavailableError):
-                self._rest.clear()
+                self._rest = _NOTHING
                 raise failure from error
             self._serve(producer.poll, 0.01)
 
@@ -238,14 +244,10 @@ def _size_at_most(messages: Sequence[Message]) -> int:
     """What no message is larger than: the largest of every part of them together."""
     if not messages:
         return 0
-    keys, values, headers = zip(*messages, strict=True)
+    keys, values, headers = Messages.of(messages).columns
     size = max(map(len, values)) + max([len(key) if key else 0 for key in keys])
-    pairs = list(chain.from_iterable(headers))
-    if pairs:
-        names, contents = zip(*pairs, strict=True)
-        largest = max(map(len, names)) + max([len(content or b"") for content in contents]) + 10
-        size += largest * max(map(len, headers))
-    return size
+    texts = chain.from_iterable(chain.from_iterable(headers))  # names and contents
+    return size + (2 * max(map(len, texts), default=0) + 10) * max(map(len, headers))
 
 
 def _size(key: bytes | None, value: bytes, headers: Any) -> int:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 
 from streams.base import Assignment, Partition, Positions, Record, StreamError, StreamUnavailableError
+from streams.columns import Records
 from streams.confluent_client import (
     Watch,
     as_stream_error,
@@ -148,7 +149,7 @@ class ConfluentSource(TopicSource):
         if places.watch.down:
             self._probe(consumer)
 
-    def _fetch(self, consumer: Consumer, most: int, timeout: float) -> list[Record]:
+    def _fetch(self, consumer: Consumer, most: int, timeout: float) -> Records:
         """Whatever is there, up to ``most`` records; waits for the first.
 
         ``consume`` alone would wait until all of them are there or the time is over.
@@ -169,10 +170,9 @@ class ConfluentSource(TopicSource):
             messages = [message for message in messages if self._is_record(consumer, message)]
         if messages:
             places.watch.well()
-        came = records(messages)
         if places.changed:  # partitions may have gone while records of them were collected
-            came = [record for record in came if (record.stream, record.partition) in places.positions]
-        return came
+            messages = [message for message in messages if (message.topic(), message.partition()) in places.positions]
+        return records(messages)
 
     def pause(self, streams: Sequence[str]) -> None:
         """Give no more records of these topics; partitions assigned later are paused as well."""

@@ -27,13 +27,13 @@ from streams.join_format import (
     unpack_settled,
 )
 from streams.join_moves import Moves
-from streams.join_rows import Columns, Rows
+from streams.join_rows import Rows, WaitingRows
 from streams.join_settled import How, Settled
 from streams.join_size import text_bytes
 from streams.join_snapshot import JoinSnapshot
 from streams.join_spill import Row, Spill
 
-__all__ = ["Columns", "FeedbackLike", "JoinError", "JoinSnapshot", "JoinStore", "Joined", "Waiting"]
+__all__ = ["FeedbackLike", "JoinError", "JoinSnapshot", "JoinStore", "Joined", "Waiting", "WaitingRows"]
 
 KINDS = (
     "joined",
@@ -137,39 +137,36 @@ class JoinStore(Moves):
         """
         self._advance(watermark)
         joined: list[Joined] = []
-        events = Columns.of(items)
-        self._waiting.extend(events if self._all_new(events) else Columns.of(self._sort(events, joined)))
+        events = WaitingRows.of(items)
+        gone = self._sort(events, joined)
+        self.counts["redelivered"] += self._waiting.extend(events.without(gone) if gone else events)
         self._keep_bounds()
         return joined
 
-    def _all_new(self, events: Columns) -> bool:
-        """Whether no id was seen before and no event is too old: a few passes in C for what is nearly always so."""
-        names = set(events.ids)
-        return (
-            len(names) == len(events)
-            and self._waiting.numbers.keys().isdisjoint(names)
-            and self._settled.how.keys().isdisjoint(names)
-            and self._early.keys().isdisjoint(names)
-            and not self._on_disk(events)
-            and min(events.times, default=self._limit) >= self._limit
-        )
+    def _sort(self, events: WaitingRows, joined: list[Joined]) -> list[int]:
+        """Settle events that are known but do not wait in memory, or are too old; return the rows that do not wait."""
+        ids, on_disk, kept = events.ids, self._on_disk(events.ids), set[str]()
+        how, early = self._settled.how, self._early
+        rows: Sequence[int] = range(len(ids))
+        if min(events.times, default=self._limit) >= self._limit:
+            if not on_disk and how.keys().isdisjoint(ids) and early.keys().isdisjoint(ids):
+                return []
+            rows = [at for at, name in enumerate(ids) if name in how or name in early or name in on_disk]
+        return [at for at in rows if not self._waits(events[at], on_disk, kept, joined)]
 
-    def _sort(self, items: Sequence[Waiting], joined: list[Joined]) -> list[Waiting]:
-        """Settle events one by one; return those that wait from now on."""
-        kept: dict[str, Waiting] = {}
-        on_disk = self._on_disk(items)
-        waiting, settled, limit = self._waiting, self._settled.how, self._limit
-        for item in items:
-            name = item[0]
-            if name in kept or name in waiting or name in settled or name in on_disk:
-                self._seen_before(name)
-            elif self._early and name in self._early and self._meet(item, joined):
-                continue
-            elif item[2] < limit:
-                self._expire(name)
-            else:
-                kept[name] = item
-        return list(kept.values())
+    def _waits(self, item: Waiting, on_disk: set[str], kept: set[str], joined: list[Joined]) -> bool:
+        """Whether an event waits from now on; it is settled if not. ``kept`` are those of its batch that do."""
+        name = item.id
+        if name in kept or name in self._waiting or name in self._settled.how or name in on_disk:
+            self._seen_before(name)
+        elif name in self._early and self._meet(item, joined):
+            pass
+        elif item.time < self._limit:
+            self._expire(name)
+        else:
+            kept.add(name)
+            return True
+        return False
 
     def _seen_before(self, name: str) -> None:
         if self._settled.how.get(name) is How.INLINE:
@@ -357,7 +354,7 @@ class JoinStore(Moves):
         elif kind in (b"D", b"W"):
             self._load_waiting([Waiting(name, *fields) for name, fields in unpack_entries(payload)])
         elif kind == b"B":
-            self._load_waiting(Columns(*unpack_block(payload)))
+            self._load_waiting(WaitingRows(*unpack_block(payload)))
         elif kind == b"F":
             for name, feedback in unpack_early(payload):
                 self._early[name] = feedback
@@ -371,11 +368,8 @@ class JoinStore(Moves):
             raise JoinError(f"the saved joins have a part {kind!r} that this version does not know")
 
     def _load_waiting(self, items: Sequence[Waiting]) -> None:
-        events = Columns.of(items)
-        names = set(events.ids)
-        if len(names) < len(events) or not self._waiting.numbers.keys().isdisjoint(names):
+        if self._waiting.extend(WaitingRows.of(items)):
             raise JoinError("the saved joins are damaged: an event waits twice")
-        self._waiting.extend(events)
         self._keep_bounds()
 
     def _load_scalars(self, scalars: dict[str, Any]) -> None:

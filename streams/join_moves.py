@@ -11,7 +11,7 @@ from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 from streams.join_format import Early, FeedbackLike, Joined, Waiting
-from streams.join_rows import Columns, Rows
+from streams.join_rows import Rows, WaitingRows
 from streams.join_settled import How, Settled
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class Moves:
         self._advance(watermark)
         joined: list[Joined] = []
         kept: dict[str, Waiting] = {}
-        on_disk = self._on_disk(items)
+        on_disk = self._on_disk([item.id for item in items])
         how = self._settled.how
         for item in items:
             name = item[0]
@@ -82,7 +82,7 @@ class Moves:
                 self._settled.add(name, How.GONE)
             else:
                 kept[name] = item
-        self._waiting.extend(Columns.of(list(kept.values())))
+        self._waiting.extend(WaitingRows.of(list(kept.values())))
         self._keep_bounds()
         return joined
 
@@ -122,11 +122,11 @@ class Moves:
         elif item.time >= self._limit:
             self._keep_early(item, seen=True)
 
-    def _on_disk(self, items: Sequence[Waiting]) -> set[str]:
+    def _on_disk(self, ids: Sequence[str]) -> set[str]:
         """Which of these events wait on disk."""
         if self._spill is None or not self._spill.count:
             return set()
-        return self._spill.holds([item[0] for item in items])
+        return self._spill.holds(ids)
 
     # -- what the rest of the store gives -----------------------------------------------------------------------
 

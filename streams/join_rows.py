@@ -7,75 +7,38 @@ belongs to it an element of each column. A block without events is let go of; on
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from itertools import compress
-from operator import attrgetter
-from typing import Any, overload
+from typing import Any
 
+from streams.columns import Column, Columns
 from streams.join_format import Fields, Waiting
 from streams.join_size import event_bytes, events_bytes
 
-__all__ = ["Columns", "Rows"]
+__all__ = ["Rows", "WaitingRows"]
 
 _BITS = 8
 _ROWS = 1 << _BITS  # of a block: small, so that a full one is packed at once without being noticed
 _LAST = _ROWS - 1
 
 
-class Columns(Sequence[Waiting]):
-    """Waiting events with one sequence for each field of `Waiting`; a row is made when it is asked for."""
+class WaitingRows(Columns[Waiting]):
+    """Waiting events as columns."""
 
-    __slots__ = ("groups", "ids", "inputs", "partitions", "predicted", "steps", "times")
+    __slots__ = ()
+    kind = Waiting
+    ids = Column[str](0)
+    inputs = Column[bytes](1)
+    times = Column[float](2)
+    groups = Column[str | None](3)
 
-    def __init__(
-        self,
-        ids: Sequence[str],
-        inputs: Sequence[bytes],
-        times: Sequence[float],
-        groups: Sequence[str | None],
-        predicted: Sequence[int],
-        steps: Sequence[int],
-        partitions: Sequence[int],
-    ) -> None:
-        self.ids = ids
-        self.inputs = inputs
-        self.times = times
-        self.groups = groups
-        self.predicted = predicted
-        self.steps = steps
-        self.partitions = partitions
-
-    @classmethod
-    def of(cls, rows: Sequence[Waiting]) -> Columns:
-        """Return rows as columns."""
-        if isinstance(rows, Columns):
-            return rows
-        return cls(*(zip(*rows, strict=True) if rows else [()] * len(Waiting._fields)))
-
-    def all(self) -> tuple[Sequence[Any], ...]:
-        """The columns in the order of the fields."""
-        return _columns_of(self)
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    @overload
-    def __getitem__(self, at: int) -> Waiting: ...
-
-    @overload
-    def __getitem__(self, at: slice) -> Columns: ...
-
-    def __getitem__(self, at: int | slice) -> Waiting | Columns:
-        parts = [column[at] for column in _columns_of(self)]
-        return Columns(*parts) if isinstance(at, slice) else Waiting(*parts)
-
-    def __iter__(self) -> Iterator[Waiting]:
-        return map(Waiting._make, zip(*_columns_of(self), strict=True))
-
-
-_columns_of: Callable[[Columns], tuple[Any, ...]] = attrgetter(
-    "ids", "inputs", "times", "groups", "predicted", "steps", "partitions"
-)
+    def without(self, rows: Sequence[int]) -> WaitingRows:
+        """Return all but some rows, which go up."""
+        columns = list(map(list, self.columns))
+        for at in reversed(rows):
+            for column in columns:
+                del column[at]
+        return WaitingRows(*columns)
 
 
 class _Block:
@@ -90,10 +53,10 @@ class _Block:
         self.alive = bytearray()
         self.live = 0
 
-    def extend(self, events: Columns, first: int) -> None:
+    def extend(self, events: WaitingRows, first: int) -> None:
         """Append events, the first of which has number ``first``."""
         count = len(events)
-        for column, values in zip(self.columns, events.all(), strict=True):
+        for column, values in zip(self.columns, events.columns, strict=True):
             column.extend(values)
         self.numbers.extend(range(first, first + count))
         self.alive.extend(b"\1" * count)
@@ -144,10 +107,17 @@ class Rows:
     def __contains__(self, name: str) -> bool:
         return name in self.numbers
 
-    def extend(self, events: Columns) -> None:
-        """Append events, none of whose ids waits here or comes twice."""
+    def extend(self, events: WaitingRows) -> int:
+        """Append events but those whose ids wait here, and return how many that are."""
+        new = range(self._next, self._next + len(events))
+        found = list(map(self.numbers.setdefault, events.ids, new))
+        known = [at for at, number in enumerate(found) if number != new[at]] if found != list(new) else []
+        if known:
+            for name in events.without(known).ids:
+                del self.numbers[name]
+            events = events.without(known)
+            self.numbers.update(zip(events.ids, new, strict=False))
         at, count = 0, len(events)
-        self.numbers.update(zip(events.ids, range(self._next, self._next + count), strict=True))
         while at < count:
             key, first = self._next >> _BITS, self._next & _LAST
             part = events[at : at + _ROWS - first]
@@ -157,6 +127,7 @@ class Rows:
             self._next += len(part)
             at += len(part)
         self.bytes += events_bytes(events.ids, events.inputs, events.groups)
+        return len(known)
 
     def get(self, name: str) -> Fields | None:
         """Return the fields of an event, or None where it does not wait here."""
@@ -200,14 +171,14 @@ class Rows:
         for block in self._blocks.values():
             yield from compress(zip(block.columns[0], block.columns[column], strict=True), block.alive)
 
-    def copy(self) -> Columns:
+    def copy(self) -> WaitingRows:
         """Return everything as it is now."""
         columns = growing()
         for block in self._blocks.values():
             whole = block.live == len(block.alive)
             for column, values in zip(columns, block.columns if whole else block.left(), strict=False):
                 column.extend(values)
-        return Columns(*columns)
+        return WaitingRows(*columns)
 
 
 def growing() -> tuple[Any, ...]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from streams.join_format import FRAME_BYTES, Early, pack_block, pack_early, pack_settled, payloads, write_frames
-from streams.join_rows import Columns
+from streams.join_rows import WaitingRows
 from streams.join_settled import How
 from streams.join_spill import SpillReader
 
@@ -23,7 +23,7 @@ class JoinSnapshot:
         self,
         scalars: dict[str, Any],
         reader: SpillReader | None,
-        waiting: Columns,
+        waiting: WaitingRows,
         early: dict[str, Early],
         settled: dict[str, How],
     ) -> None:
@@ -62,11 +62,11 @@ class JoinSnapshot:
         waiting = self._waiting
         size = max(1, FRAME_BYTES // (_ENTRY_BYTES + max(map(len, waiting.inputs), default=0)))
         for at in range(0, len(waiting), size):
-            yield pack_block(*waiting[at : at + size].all())
+            yield pack_block(*waiting[at : at + size].columns)
 
     def close(self) -> None:
         """Let go of everything. Safe to call twice."""
         if self._reader is not None:
             self._reader.close()
             self._reader = None
-        self._waiting, self._early, self._settled = Columns.of([]), {}, {}
+        self._waiting, self._early, self._settled = WaitingRows.of([]), {}, {}

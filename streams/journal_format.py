@@ -15,6 +15,7 @@ from enum import IntEnum
 from typing import NamedTuple
 
 from streams.base import Record
+from streams.columns import Records
 
 __all__ = ["Entry", "JournalError", "JournalUnavailableError", "Kind", "Run", "runs_of"]
 
@@ -88,19 +89,9 @@ def runs_of(records: Sequence[Record]) -> tuple[Run, ...]:
 
     A run ends where stream or partition change, or where offsets do not increase.
     """
-    runs: list[Run] = []
-    stream, partition, first, end, count = "", -1, 0, 0, 0
-    for record in records:
-        if count and record[1] == partition and record[2] >= end and record[0] == stream:
-            count += 1
-        else:
-            if count:
-                runs.append(Run(stream, partition, first, end, count))
-            stream, partition, first, count = record[0], record[1], record[2], 1
-        end = record[3]
-    if count:
-        runs.append(Run(stream, partition, first, end, count))
-    return tuple(runs)
+    came = Records.of(records)
+    offsets, ends = came.offsets, came.ends
+    return tuple([Run(*at[:2], offsets[at.start], ends[at.stop - 1], at.stop - at.start) for at in came.stretches])
 
 
 def pack_header(step: int) -> bytes:

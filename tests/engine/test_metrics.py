@@ -16,7 +16,7 @@ from engine.metrics import Metrics
 from engine.retention import Margin
 from policies.interfaces import Action, Decision, Outcome
 from streams.base import Record
-from streams.codec import Event
+from streams.codec import Event, Events
 from streams.join import Joined
 from tests.engine.cores import events, feedback, make_core
 
@@ -166,7 +166,7 @@ def test_figures_not_known_yet_are_no_number() -> None:
 
 def test_a_batch_gives_its_size_stages_and_the_latency_of_its_oldest_record() -> None:
     metrics = Metrics()
-    metrics.batch([event(time.time()), event(time.time() - 45)], 0.02, 0.003)
+    metrics.batch(Events.of([event(time.time()), event(time.time() - 45)]), 0.02, 0.003)
     value = Value(metrics)
     assert value["batch_size_sum"] == 2
     assert value["stage_duration_seconds_sum", "predict"] == 0.02
@@ -177,7 +177,7 @@ def test_a_batch_gives_its_size_stages_and_the_latency_of_its_oldest_record() ->
 
 def test_records_without_a_timestamp_have_no_latency() -> None:
     metrics = Metrics()
-    metrics.batch([event(math.nan)], 0.0, 0.0)
+    metrics.batch(Events.of([event(math.nan)]), 0.0, 0.0)
     assert Value(metrics)["latency_seconds_count"] == 0
 
 
@@ -197,7 +197,7 @@ def test_stages_sinks_and_replayed_batches_are_counted() -> None:
     metrics.records_out("predictions", 64)
     metrics.records_out("predictions", 6)
     metrics.replayed()
-    metrics.feedback([event(1.0)], 0.125)
+    metrics.feedback(feedback(0, 1), 0.125)
     value = Value(metrics)
     assert value["stage_duration_seconds_sum", "learn"] == 0.25
     assert value["stage_duration_seconds_sum", "join"] == 0.125
@@ -312,7 +312,7 @@ def test_methods_show_their_own_gauges() -> None:
 
 def test_lag_in_seconds_is_the_age_of_the_newest_record_applied_while_more_wait() -> None:
     metrics, core = Metrics(), make_core()
-    metrics.batch([event(time.time() - 100, partition) for partition in (0, 1)], 0.0, 0.0)
+    metrics.batch(Events.of([event(time.time() - 100, partition) for partition in (0, 1)]), 0.0, 0.0)
     metrics.look(daemon_of(core, lag={("data", 0): 0, ("data", 1): 8, ("data", 2): 8}))
     value = Value(metrics)
     assert (value["lag_records", "0", "data"], value["lag_seconds", "0", "data"]) == (0, 0)

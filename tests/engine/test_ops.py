@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from engine.metrics import Metrics
+from streams.codec import Events
 from tests.engine.cores import events, feedback, make_core
 from tests.engine.test_metrics import daemon_of
 
@@ -147,7 +148,7 @@ def test_promtool_finds_no_fault_with_the_exposition() -> None:
     core.answer(batch)
     core.follow()
     core.feedback(feedback(0, 32))
-    metrics.batch(batch, 0.01, 0.01)
+    metrics.batch(Events.of(batch), 0.01, 0.01)
     metrics.watch(core)
     core.methods.adaptation.gauges["rows"] = 1
     core.counts["skipped.learning.nonfinite_loss"] = core.counts["decisions.hold.too_few"] = 1

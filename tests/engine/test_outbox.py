@@ -16,7 +16,7 @@ from engine.metrics import Metrics
 from engine.outbox import CountedTransactions
 from engine.writer import Outgoing, Writer
 from streams.base import Message, Partition, Positions, Record, RefusedMessageError, StreamError, StreamUnavailableError
-from streams.codec import BadRecord, Reason
+from streams.codec import BadRecord, Events, Reason
 from tests.engine.cores import CLASSES, events
 
 P = ("data", 0)
@@ -140,7 +140,7 @@ def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def answers(start: int, count: int) -> Outgoing:
     rows = events(start, count)
     probabilities = np.full((count, CLASSES), 1 / CLASSES, dtype=np.float32)
-    given = Answers(rows, np.arange(start, start + count) % CLASSES, probabilities, release=2, step=7)
+    given = Answers(Events.of(rows), np.arange(start, start + count) % CLASSES, probabilities, release=2, step=7)
     return Outgoing(given, positions={P: start + count})
 
 

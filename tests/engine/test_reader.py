@@ -52,7 +52,7 @@ class Harness:
 
     @property
     def items(self) -> list[object]:
-        return [one for chunk in self.chunks for one in chunk.items]
+        return [one for chunk in self.chunks for items in chunk.items for one in items]
 
 
 def filled(count: int, **streams: int) -> MemorySource:

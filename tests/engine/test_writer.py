@@ -14,7 +14,7 @@ from engine.cutter import Bad
 from engine.metrics import Metrics
 from engine.writer import QUEUE_BATCHES, Outgoing, Writer
 from streams.base import Message, Positions, Record, RefusedMessageError, StreamError, StreamUnavailableError
-from streams.codec import BadRecord, Reason
+from streams.codec import BadRecord, Events, Reason
 from streams.memory import MemorySink
 from tests.engine.cores import CLASSES, events
 
@@ -100,7 +100,7 @@ def harness(monkeypatch: pytest.MonkeyPatch) -> Iterator[Harness]:
 def answers(start: int, count: int) -> Outgoing:
     rows = events(start, count)
     probabilities = np.full((count, CLASSES), 1 / CLASSES, dtype=np.float32)
-    given = Answers(rows, np.arange(start, start + count) % CLASSES, probabilities, release=2, step=7)
+    given = Answers(Events.of(rows), np.arange(start, start + count) % CLASSES, probabilities, release=2, step=7)
     return Outgoing(given, positions={("data", 0): start + count})
 
 

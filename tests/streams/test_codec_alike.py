@@ -35,7 +35,7 @@ def one_by_one(given_records: list[Record], spec: InputSpec = SPEC) -> tuple[lis
 
 def at_once(given_records: list[Record], spec: InputSpec = SPEC) -> tuple[list[Event], list[tuple[Record, Reason]]]:
     events, bad = decode_events(given_records, spec)
-    return events, [(record, fault.reason) for record, fault in bad]
+    return list(events), [(record, fault.reason) for record, fault in bad]
 
 
 def batch(count: int, width: int = 3) -> list[bytes]:

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from streams import confluent_sink, group_commits
 from streams.base import Found, Message, Partition, Positions, Record, StreamError, StreamUnavailableError
 from streams.clients import client_of, sink_of, source_of
+from streams.columns import Records
 from streams.confluent_client import Watch, as_stream_error, as_uuid, make
 from streams.confluent_commits import Commits
 from streams.confluent_config import admin_config, consumer_config, producer_config
@@ -206,7 +207,7 @@ def test_records_of_a_paused_topic_wait_in_order_and_stop_the_topic_only_when_th
     flow.paused.add("t")
     came = records([fetched(n) for n in range(HELD_RECORDS)])
     other = records([fetched(0, "u")])
-    assert flow.divide([*came[:-1], *other]) == other
+    assert flow.divide(Records.joined([came[:-1], other])) == other
     flow.apply(consumer, [P, ("t", 1), ("u", 0)])  # type: ignore[arg-type]
     assert consumer.calls == []
     assert flow.divide(came[-1:]) == []
