@@ -310,16 +310,17 @@ def encode_predictions(
 ) -> Messages:
     """Encode predictions; see `streams.codec.encode_predictions`."""
     classes = probabilities.shape[1]
-    raw = np.ascontiguousarray(probabilities, dtype="<f4").tobytes()
-    keys = [event_id.encode() for event_id in ids]
+    tensor = np.ascontiguousarray(probabilities, dtype="<f4")
+    keys = list(map(str.encode, ids))
     heads = np.zeros(len(keys), _ANSWER_HEAD)
     heads["first"] = np.void(MAGIC + bytes((VERSION, _PREDICTION, DTYPE_FORMATS["float32"][0], 1)))
     heads["flags"] = _HAS_LABEL | _HAS_TIME
     heads["id_bytes"] = list(map(len, keys))
     heads["time"], heads["label"], heads["release"], heads["step"] = times, labels, release, step
     heads["classes"] = classes
-    fixed, size, row = heads.tobytes(), _ANSWER_HEAD.itemsize, 4 * classes
-    values = [fixed[at * size : at * size + size] + key + raw[at * row : at * row + row] for at, key in enumerate(keys)]
+    # Raw elements become bytes, one for each row.
+    fixed, tensors = heads.view(f"V{_ANSWER_HEAD.itemsize}").tolist(), tensor.view(f"V{4 * classes}").ravel().tolist()
+    values = list(map(b"".join, zip(fixed, keys, tensors, strict=True)))
     return Messages(keys, values, list(zip(zip(repeat("adaptd-id"), record_ids))))
 
 

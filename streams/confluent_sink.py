@@ -245,7 +245,7 @@ def _size_at_most(messages: Sequence[Message]) -> int:
     if not messages:
         return 0
     keys, values, headers = Messages.of(messages).columns
-    size = max(map(len, values)) + max([len(key) if key else 0 for key in keys])
+    size = max(map(len, values)) + max(map(len, filter(None, keys)), default=0)
     texts = chain.from_iterable(chain.from_iterable(headers))  # names and contents
     return size + (2 * max(map(len, texts), default=0) + 10) * max(map(len, headers))
 

@@ -227,7 +227,7 @@ class JoinStore(Moves):
                     row = rows.pop(name)
                     removed.append((row.seq, row.cost))
                 else:
-                    self._waiting.pop(name)
+                    self._waiting.remove(name)
                 self._settled.add(name, How.JOINED)
                 inputs = fields[0] if item.inputs is None else item.inputs
                 joined.append(Joined(name, inputs, *fields[1:5], item.label, item.reward, item.time))
@@ -281,7 +281,7 @@ class JoinStore(Moves):
                 self._expire(name)
         limit = self._limit
         for name in self._waiting.older(limit):
-            self._waiting.pop(name)
+            self._waiting.remove(name)
             self._expire(name)
         for name in [name for name, early in self._early.items() if early[2] < limit]:
             self._lose_early(name, "orphan")

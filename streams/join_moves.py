@@ -41,7 +41,7 @@ class Moves:
         """
         gone = self._waiting.of(data)
         for name in gone:
-            self._waiting.pop(name)
+            self._waiting.remove(name)
         early = [name for name, fields in self._early.items() if fields[3] in feedback]
         for name in early:
             self._pop_early(name)
@@ -108,7 +108,7 @@ class Moves:
                     row = rows.pop(name)
                     removed.append((row.seq, row.cost))
                 else:
-                    self._waiting.pop(name)
+                    self._waiting.remove(name)
                 self._settled.add(name, How.JOINED)
         if removed and self._spill is not None:
             self._spill.remove(removed)

@@ -67,11 +67,14 @@ class _Block:
         _, inputs, times, groups, predicted, steps, partitions = self.columns
         return inputs[at], times[at], groups[at], predicted[at], steps[at], partitions[at]
 
-    def remove(self, number: int) -> None:
+    def remove(self, number: int) -> int:
+        """Remove an event, and return what it took."""
         at = self.numbers.index(number)
         names, inputs, _, groups, *_ = self.columns
+        size = event_bytes(names[at], inputs[at], groups[at])
         names[at], inputs[at], groups[at], self.alive[at] = "", b"", None, 0
         self.live -= 1
+        return size
 
     def left(self) -> Iterator[Iterator[Any]]:
         """What the columns, and then the numbers, hold of events that have not gone."""
@@ -134,18 +137,22 @@ class Rows:
         number = self.numbers.get(name)
         return None if number is None else self._blocks[number >> _BITS].fields(number & _LAST)
 
-    def pop(self, name: str) -> Fields:
-        """Remove an event that waits here, and return its fields."""
+    def remove(self, name: str) -> None:
+        """Remove an event that waits here."""
         number = self.numbers.pop(name)
         key = number >> _BITS
         block = self._blocks[key]
-        fields = block.fields(number & _LAST)
-        block.remove(number & _LAST)
-        self.bytes -= event_bytes(name, fields[0], fields[2])
+        self.bytes -= block.remove(number & _LAST)
         if not block.live:
             del self._blocks[key]
         elif block.live * 2 <= len(block.alive):
             self._blocks[key] = block.packed()
+
+    def pop(self, name: str) -> Fields:
+        """Remove an event that waits here, and return its fields."""
+        number = self.numbers[name]
+        fields = self._blocks[number >> _BITS].fields(number & _LAST)
+        self.remove(name)
         return fields
 
     def older(self, time: float) -> list[str]:
