@@ -29,6 +29,8 @@ from streams.journal import Kind, Run
 from streams.seams import failpoint
 
 POLL_RECORDS = 512
+MOST_RECORDS = 2048
+"""What a poll asks for at most, while those before it were full: larger steps through a backlog take less time."""
 POLL_SECONDS = 0.1
 MIXED_SECONDS = 0.005
 """Longest wait for records of one stream while another is paused and may have room again at any time."""
@@ -104,7 +106,7 @@ class Reader:
         self._commits: deque[tuple[Positions, Positions]] = deque(maxlen=1)
         self._committing, self._left = threading.Lock(), set[Partition]()
         self._stop, self._room = threading.Event(), threading.Event()
-        self._opened = self._running = False
+        self._opened, self._running, self._most = False, False, POLL_RECORDS
         self.starved: frozenset[str] = frozenset()
         """Streams that are read on however much of them waits, because work stands still without."""
         self.trouble = ""
@@ -213,6 +215,7 @@ class Reader:
                 self._room.clear()
                 self._regulate(taken)
                 records = self._poll()
+                self._most = self._next_most(len(records))
                 self.last_poll = now = time.monotonic()
                 if records:
                     failpoint("reader.polled")
@@ -241,12 +244,17 @@ class Reader:
         elif before and not trouble:
             log.info("stream_available", streams=list(self.streams))
 
+    def _next_most(self, came: int) -> int:
+        """What the next poll asks for: twice as much after a full one, but no more than a quarter of what may wait."""
+        most = max(POLL_RECORDS, min(MOST_RECORDS, self.high // 4))
+        return min(2 * self._most, most) if came >= self._most else POLL_RECORDS
+
     def _poll(self) -> Sequence[Record]:
         """Ask the source. Where everything is paused, wait for room instead; a source would sleep through it."""
         if not self._paused:
-            return self._source.poll(POLL_RECORDS, POLL_SECONDS)
+            return self._source.poll(self._most, POLL_SECONDS)
         if {stream for stream, _ in set(self.partitions) - self._announced} - self._paused:
-            return self._source.poll(POLL_RECORDS, MIXED_SECONDS)
+            return self._source.poll(self._most, MIXED_SECONDS)
         records = self._source.poll(POLL_RECORDS, 0.0)  # gives nothing, and keeps the client alive
         self._room.wait(POLL_SECONDS)
         return records
