@@ -293,3 +293,13 @@ async def test_lag_and_time_of_the_last_poll_are_known() -> None:
     assert harness.reader.lag == {("data", 0): 0}
     assert 0.0 < harness.reader.last_poll < math.inf
     assert harness.reader.bounded
+
+
+async def test_polls_ask_for_more_while_there_is_a_backlog(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "POLL_RECORDS", 4)
+    monkeypatch.setattr(module, "MOST_RECORDS", 16)
+    harness = Harness(filled(100), high=1000)
+    with anyio.fail_after(10):
+        await harness.run()
+    sizes = [len(items) for chunk in harness.chunks for items in chunk.items]
+    assert (sizes[:4], max(sizes), sum(sizes)) == ([4, 8, 16, 16], 16, 100)
