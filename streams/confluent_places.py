@@ -207,13 +207,18 @@ class Places:
         stored = {p: at.earliest if at.committed is None else at.committed for p, at in found.items()}
         return {p: given.get(p, stored[p]) for p in found}
 
-    def look_for_growth(self, consumer: Consumer) -> None:
-        """Take partitions that were added to a topic, and look that it is the same one. Raises as `place` does."""
+    def look_again(self, consumer: Consumer, *, growth: bool) -> None:
+        """Once in a while, look that topics are the same ones, and with ``growth`` take partitions that were added.
+
+        A group gives those itself. Raises as `place` does.
+        """
         if CLOCK.monotonic() < self._next_look:
             return
         self._next_look = CLOCK.monotonic() + GROWTH_INTERVAL
         timeout = min(PLACING_TIMEOUT, self._settings.timeout)
         self._check_identities(timeout)
+        if not growth:
+            return
         found = {topic: consumer.list_topics(topic, timeout).topics[topic].partitions for topic in self._topics}
         known = {(topic, n) for topic, numbers in found.items() for n in numbers}
         new = sorted(known - self.positions.keys())

@@ -142,8 +142,8 @@ class ConfluentSource(TopicSource):
         places = self._places
         if places.unplaced is not None:
             places.place(consumer, min(PLACING_TIMEOUT, self.settings.timeout))
-        elif not self._shared:
-            places.look_for_growth(consumer)
+        elif not places.watch.down:
+            places.look_again(consumer, growth=not self._shared)
         if not places.kept:
             self.commits.send(consumer)
         if places.watch.down:

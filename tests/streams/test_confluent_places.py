@@ -188,5 +188,21 @@ def test_partitions_that_were_added_to_a_topic_are_looked_for_once_in_a_while(
     places.positions[P] = 5
     for _ in range(8):
         clock.now += GROWTH_INTERVAL / 4
-        places.look_for_growth(cast("Any", SimpleNamespace(list_topics=list_topics)))
+        places.look_again(cast("Any", SimpleNamespace(list_topics=list_topics)), growth=True)
     assert asked == [1e6 + GROWTH_INTERVAL, 1e6 + 2 * GROWTH_INTERVAL]
+
+
+def test_a_member_of_a_group_that_keeps_its_partitions_looks_that_topics_are_the_same(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = iter(["first", "first", "second"])
+    monkeypatch.setattr(confluent_places, "identities", lambda *_: {"data": next(told)})
+    places = Places(["data"], Commits(1.0, "m"), group=True, member="m", settings=SETTINGS)
+    consumer = cast("Any", SimpleNamespace())
+    for _ in range(2):
+        clock.now += GROWTH_INTERVAL
+        places.look_again(consumer, growth=False)
+        places.look_again(consumer, growth=False)
+    clock.now += GROWTH_INTERVAL
+    with pytest.raises(StreamError, match="topic data was made anew"):
+        places.look_again(consumer, growth=False)
