@@ -196,7 +196,8 @@ def test_a_killed_broker_is_waited_for_by_name_and_nothing_is_lost(
     send(feedback, small_feedback(0, 2 * count))
     status = life.until(lambda status: status["labels"] >= 2 * count)
     assert status["events"] == status["labels"] == 2 * count
-    assert broker.bootstrap not in status["waiting_for"]
+    life.until(lambda _: '"stream_available"' in life.words)
+    assert broker.bootstrap not in life.status()["waiting_for"]
     assert life.terminate() == 0, life.words
     assert life.words.count('"stream_unavailable"') == life.words.count('"stream_available"') == 1, life.words
     assert '"level": "error"' not in life.words
