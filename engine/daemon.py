@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import os
 import signal
-import time
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
@@ -29,7 +28,7 @@ from engine.saver import Saver
 from engine.writer import Outgoing, Writer
 from streams.base import Positions, StreamUnavailableError
 from streams.refusals import Refusals
-from streams.seams import failpoint
+from streams.seams import CLOCK, failpoint
 
 T = TypeVar("T")
 
@@ -77,8 +76,8 @@ class Daemon:
         self.turn = anyio.Lock()
         """Held for as long as something happens between two batches, or a batch does."""
         self.state = "starting"
-        self.started = time.monotonic()
-        self.last_progress = time.monotonic()
+        self.started = CLOCK.monotonic()
+        self.last_progress = CLOCK.monotonic()
         self.saver = Saver(self, checkpoint_every)
         self._compute = CapacityLimiter(1)
         self._learning = CapacityLimiter(1)
@@ -153,7 +152,7 @@ class Daemon:
     async def on_model(self, function: Callable[..., T], *args: Any) -> T:
         """Call a function on the thread that owns the model."""
         result = await to_thread.run_sync(function, *args, limiter=self._compute)
-        self.last_progress = time.monotonic()
+        self.last_progress = CLOCK.monotonic()
         return result
 
     async def _open(self) -> bool:
@@ -186,7 +185,7 @@ class Daemon:
         return True
 
     async def _patiently(self, action: Callable[[], None]) -> None:
-        deadline, quiet_until = time.monotonic() + START_SECONDS, 0.0
+        deadline, quiet_until = CLOCK.monotonic() + START_SECONDS, 0.0
         for attempt in range(1000):
             try:
                 await self.in_thread(action)
@@ -194,11 +193,11 @@ class Daemon:
                 return
             except StreamUnavailableError as error:
                 self.state = f"starting: {error}; retrying"
-                if time.monotonic() >= deadline:
+                if CLOCK.monotonic() >= deadline:
                     raise UnreachableError(f"{error}; gave up after {START_SECONDS:.0f} s") from error
-                if time.monotonic() >= quiet_until:
+                if CLOCK.monotonic() >= quiet_until:
                     log.warning("stream_unavailable", error=str(error))
-                    quiet_until = time.monotonic() + QUIET_SECONDS
+                    quiet_until = CLOCK.monotonic() + QUIET_SECONDS
                 with anyio.move_on_after(BACKOFF_SECONDS[min(attempt, len(BACKOFF_SECONDS) - 1)]):
                     await self._leaving.wait()
                     raise UnreachableError(str(error)) from error
@@ -212,7 +211,7 @@ class Daemon:
             self.writer.answered = {**self.writer.answered, **chunk.committed}
             self.handover.placed(chunk)
         for items in chunk.items:
-            self.cutter.feed(items, time.monotonic())
+            self.cutter.feed(items, CLOCK.monotonic())
         if chunk.read:
             self.cutter.read(chunk.read)
         if chunk.ended:
@@ -268,7 +267,7 @@ class Daemon:
         cuts: list[Cut] = []
         while len(cuts) < CUTS_PER_TURN:
             try:
-                cut = self.cutter.next(time.monotonic())
+                cut = self.cutter.next(CLOCK.monotonic())
             except ReplayError:
                 if not cuts:
                     raise
@@ -288,7 +287,7 @@ class Daemon:
         self._wake = anyio.Event()
         away = any(not reader.available for reader in self.readers)
         self.state = "waiting for a broker" if away else "waiting for records"
-        now = time.monotonic()
+        now = CLOCK.monotonic()
         until = min(self.cutter.deadline(), max(self.saver.next, now + 0.05), now + 1.0)
         with anyio.move_on_after(max(0.0, until - now)):
             await self._wake.wait()
@@ -361,7 +360,7 @@ class Daemon:
         self._leaving.set()
         failpoint("drain")
         self.state = "draining"
-        started = time.monotonic()
+        started = CLOCK.monotonic()
         async with self.turn:
             await self._finish_job()
             if not self._stopping:
@@ -372,7 +371,7 @@ class Daemon:
         await self.in_thread(self.writer.stop)
         for reader in self.readers:
             reader.stop()
-        seconds, events = round(time.monotonic() - started, 3), self.core.counts["events"]
+        seconds, events = round(CLOCK.monotonic() - started, 3), self.core.counts["events"]
         log.info("drained", seconds=seconds, events=events, **self.runner.unused)
 
     async def _limit_draining(self, patience: anyio.CancelScope) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +25,7 @@ from streams.base import Found, Partition, Positions, Record, Source, StreamUnav
 from streams.codec import InputSpec, decode_events, decode_feedback
 from streams.columns import Records
 from streams.journal import Kind, Run
-from streams.seams import failpoint
+from streams.seams import CLOCK, failpoint
 
 POLL_RECORDS = 512
 MOST_RECORDS = 2048
@@ -216,7 +215,7 @@ class Reader:
                 self._regulate(taken)
                 records = self._poll()
                 self._most = self._next_most(len(records))
-                self.last_poll = now = time.monotonic()
+                self.last_poll = now = CLOCK.monotonic()
                 if records:
                     failpoint("reader.polled")
                     self._give(records)

@@ -18,7 +18,7 @@ from engine.writer import Outgoing, Writer
 from streams.base import Partition, Positions
 from streams.codec import Event, Feedback
 from streams.journal import Entry, Kind
-from streams.seams import failpoint
+from streams.seams import CLOCK, failpoint
 
 log = structlog.get_logger("adaptd")
 
@@ -101,7 +101,7 @@ class Runner:
     def _foreign_label(self) -> None:
         """Describe a label that names no class of the model once in a while."""
         row, self.core.foreign = self.core.foreign, None
-        now = time.monotonic()
+        now = CLOCK.monotonic()
         if row is not None and now >= self._labels_quiet_until:
             self._labels_quiet_until = now + QUIET_SECONDS
             known = f"classes 0 to {self.core.host.num_classes - 1}"
@@ -123,7 +123,7 @@ class Runner:
     def _dead(self, bad: Sequence[Bad]) -> None:
         """Count records that could not be decoded, and describe one of them once in a while."""
         self.dead_letters += len(bad)
-        now = time.monotonic()
+        now = CLOCK.monotonic()
         if bad and now >= self._quiet_until:
             self._quiet_until = now + QUIET_SECONDS
             record, error = bad[0].record, bad[0].error

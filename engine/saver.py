@@ -9,6 +9,7 @@ import anyio
 import structlog
 
 from engine.keeper import Snapshot
+from streams.seams import CLOCK
 
 if TYPE_CHECKING:
     from engine.daemon import Daemon
@@ -41,7 +42,7 @@ class Saver:
     def due(self) -> bool:
         """Whether something has changed for long enough."""
         keeper = self._daemon.runner.keeper
-        return keeper.sequence != keeper.saved_step and time.monotonic() >= self.next
+        return keeper.sequence != keeper.saved_step and CLOCK.monotonic() >= self.next
 
     async def save(self, *, wait: bool = False) -> None:
         """Copy the state now and write it beside serving, once everything it covers has been answered.
@@ -58,7 +59,7 @@ class Saver:
             if not wait:
                 return
             await self.under_way.wait()
-        self.next = time.monotonic() + self.every
+        self.next = CLOCK.monotonic() + self.every
         if keeper.sequence == keeper.saved_step:
             return
         snapshot = await daemon.on_model(daemon.runner.snapshot)
@@ -81,7 +82,7 @@ class Saver:
             if not serving or daemon.leaving:
                 raise
         else:
-            self.saved_at = time.monotonic()
+            self.saved_at = CLOCK.monotonic()
             seconds = time.perf_counter() - started
             daemon.metrics.checkpoint(saved.bytes, seconds)
             log.info("checkpoint", step=saved.step, bytes=saved.bytes, seconds=round(seconds, 3))

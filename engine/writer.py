@@ -33,7 +33,7 @@ from streams.base import (
 )
 from streams.codec import Events, Form, dead_letter, encode_predictions
 from streams.refusals import Refusals
-from streams.seams import failpoint
+from streams.seams import CLOCK, failpoint
 
 QUEUE_BATCHES = 32
 FLUSH_SECONDS = 0.05
@@ -195,7 +195,7 @@ class Writer:
 
     def _run(self) -> None:
         try:
-            last_flush = time.monotonic()
+            last_flush = CLOCK.monotonic()
             while not self._abort.is_set():
                 try:
                     item = self._queue.get(timeout=FLUSH_SECONDS)
@@ -203,7 +203,7 @@ class Writer:
                     item = Outgoing()
                 if item is not None:
                     self._write(item)
-                now = time.monotonic()
+                now = CLOCK.monotonic()
                 if item is None or item.barrier is not None or now - last_flush >= self._interval or self._full:
                     self._flush()
                     last_flush = now

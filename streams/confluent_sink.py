@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any
@@ -16,6 +15,7 @@ from streams.columns import Messages
 from streams.confluent_client import FORBIDDEN, Watch, as_stream_error, describe, error_of, explain, make
 from streams.confluent_config import batch_size, producer_config
 from streams.kafka_settings import KafkaSettings
+from streams.seams import CLOCK
 from streams.shared_producer import SharedProducer
 from streams.topic_sink import RECORD_OVERHEAD, TopicSink
 
@@ -146,15 +146,15 @@ class ConfluentSink(TopicSink[ConfluentClient]):
     def flush(self, timeout: float) -> None:
         """Return once the cluster has confirmed everything sent; see `TopicSink.flush`."""
         producer = self._opened()
-        deadline = time.monotonic() + timeout
+        deadline = CLOCK.monotonic() + timeout
         while True:
             self._hand_over(producer)
-            left = self._serve(producer.flush, max(0.0, deadline - time.monotonic()))
+            left = self._serve(producer.flush, max(0.0, deadline - CLOCK.monotonic()))
             self._raise_refused()
             if not left and not self._rest:
                 self._client.watch.well()
                 return
-            if time.monotonic() >= deadline:
+            if CLOCK.monotonic() >= deadline:
                 raise self._waiting()
 
     def _forget(self) -> None:
@@ -207,10 +207,10 @@ class ConfluentSink(TopicSink[ConfluentClient]):
 
     def _make_room(self, producer: Producer, count: int) -> None:
         allowed = max(0, self.max_pending - count)
-        deadline = time.monotonic() + self.send_timeout
+        deadline = CLOCK.monotonic() + self.send_timeout
         while len(producer) + len(self._rest) > allowed:
             self._raise_refused()
-            if time.monotonic() >= deadline:
+            if CLOCK.monotonic() >= deadline:
                 raise self._waiting()
             self._serve(producer.poll, 0.002)
             self._hand_over(producer)

@@ -32,6 +32,7 @@ from streams.confluent_places import Places
 from streams.confluent_placing import beginnings, out_of_range
 from streams.confluent_transactions import Membership
 from streams.kafka_members import members_named
+from streams.seams import CLOCK
 from streams.topic_source import PLACING_TIMEOUT, TopicSource
 
 _SESSION_MARGIN = 5.0
@@ -236,14 +237,14 @@ class ConfluentSource(TopicSource):
     def _leave(self, consumer: Consumer, timeout: float) -> None:
         """End the subscription, and wait until the group knows; `Consumer.close` keeps the place of a named member."""
         consumer.unsubscribe()
-        deadline = time.monotonic() + timeout
-        while consumer.memberid() and time.monotonic() < deadline:
+        deadline = CLOCK.monotonic() + timeout
+        while consumer.memberid() and CLOCK.monotonic() < deadline:
             consumer.poll(0.01)
 
     def _probe(self, consumer: Consumer) -> None:
         """Look whether a broker is there again, where no record tells it."""
-        if time.monotonic() >= self._next_probe:
-            self._next_probe = time.monotonic() + _PROBE_INTERVAL
+        if CLOCK.monotonic() >= self._next_probe:
+            self._next_probe = CLOCK.monotonic() + _PROBE_INTERVAL
             try:
                 consumer.list_topics(self._topics[0], min(0.2, self.settings.timeout))
             except KafkaException as error:
@@ -301,7 +302,7 @@ class ConfluentSource(TopicSource):
         Raises:
             StreamError: Another process has our name.
         """
-        now = time.monotonic()
+        now = CLOCK.monotonic()
         if self._shut_out is None:
             if not self._places.echoes():
                 raise self._fenced()

@@ -20,6 +20,7 @@ from streams.kafka_note import found_beside
 from streams.kafka_rebalance import HandoverError, HandoverListener, check_together
 from streams.kafka_settings import KafkaSettings
 from streams.kafka_sink import KafkaClient, KafkaSink
+from streams.seams import CLOCK
 from streams.topic_source import GROWTH_INTERVAL, PLACING_TIMEOUT, TopicSource
 
 __all__ = ["KafkaClient", "KafkaSettings", "KafkaSink", "KafkaSource"]
@@ -91,7 +92,7 @@ class KafkaSource(TopicSource):
             # nothing, only to start another rebalance when the metadata comes.
             self._consumer.beginning_offsets(partitions, timeout_ms=round(self.settings.timeout * 1000))
             return
-        self._next_look = time.monotonic() + GROWTH_INTERVAL
+        self._next_look = CLOCK.monotonic() + GROWTH_INTERVAL
         self._consumer.assign(partitions)
         self._unplaced = partitions
         self._place(self.settings.timeout)
@@ -215,11 +216,11 @@ class KafkaSource(TopicSource):
             return
         self.rebalances += 1
         lost = handover.kind == "lost"
-        deadline = time.monotonic() + self.settings.patience
+        deadline = CLOCK.monotonic() + self.settings.patience
         if self._assignment is not None:
             self._assignment.revoked(sorted(self._owned), lost=lost)
         if not lost:
-            self.commits.finish(self._consumer, max(deadline - time.monotonic(), 0.2 * self.settings.patience))
+            self.commits.finish(self._consumer, max(deadline - CLOCK.monotonic(), 0.2 * self.settings.patience))
         self._let_go()
 
     def _let_go(self) -> None:
@@ -254,9 +255,9 @@ class KafkaSource(TopicSource):
 
     def _look_for_growth(self) -> None:
         """Take partitions that were added to a topic; the client's metadata is at most five minutes old."""
-        if time.monotonic() < self._next_look:
+        if CLOCK.monotonic() < self._next_look:
             return
-        self._next_look = time.monotonic() + GROWTH_INTERVAL
+        self._next_look = CLOCK.monotonic() + GROWTH_INTERVAL
         counts = {topic: self._consumer.partitions_for_topic(topic) or () for topic in self._topics}
         known = {TopicPartition(topic, n) for topic, numbers in counts.items() for n in numbers}
         new = sorted(known - self._owned)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +13,7 @@ from kafka.partitioner import StickyPartitioner
 from streams.base import Message, StreamError, StreamUnavailableError
 from streams.kafka_client import as_stream_error, connect, describe, explain, forbidden
 from streams.murmur import murmur2
+from streams.seams import CLOCK
 from streams.shared_producer import SharedProducer
 from streams.topic_sink import RECORD_OVERHEAD, TopicSink
 
@@ -166,7 +166,7 @@ class KafkaSink(TopicSink[KafkaClient]):
         """Return once the cluster has confirmed everything sent; see `TopicSink.flush`."""
         self._opened()
         self._send_rest()
-        self._settle(0, time.monotonic() + timeout)
+        self._settle(0, CLOCK.monotonic() + timeout)
 
     def _forget(self) -> None:
         self._pending.clear()
@@ -188,7 +188,7 @@ class KafkaSink(TopicSink[KafkaClient]):
             self._producer = producer
 
     def _make_room(self, count: int) -> None:
-        self._settle(max(0, self.max_pending - count), time.monotonic() + self.send_timeout)
+        self._settle(max(0, self.max_pending - count), CLOCK.monotonic() + self.send_timeout)
 
     def _settle(self, allowed: int, deadline: float) -> None:
         """Drop confirmed messages from the front until at most ``allowed`` are pending; wait where that needs it."""
@@ -205,7 +205,7 @@ class KafkaSink(TopicSink[KafkaClient]):
 
     def _wait(self, future: Any, deadline: float) -> None:
         try:
-            future.get(timeout=max(0.0, deadline - time.monotonic()))
+            future.get(timeout=max(0.0, deadline - CLOCK.monotonic()))
         except errors.KafkaError as error:
             if not future.is_done:
                 raise self._waiting() from error

@@ -108,7 +108,8 @@ def test_whoever_has_been_shut_out_asks_once_a_second_whether_the_name_is_free(
         asked.append(now)
         return {"m-1"}
 
-    monkeypatch.setattr(confluent_source, "time", SimpleNamespace(monotonic=lambda: now, sleep=sleep))
+    monkeypatch.setattr(confluent_source, "CLOCK", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(confluent_source, "time", SimpleNamespace(sleep=sleep))
     monkeypatch.setattr(confluent_source, "members_named", holders)
     source._consumer, source.commits.fenced, source._shut_out = cast("Any", Consumer()), True, now + 1000.0
     for _ in range(50):
