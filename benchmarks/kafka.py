@@ -112,6 +112,8 @@ class Bench:
     data: dict[str, str] = field(default_factory=dict)
     labels: dict[str, dict[str, str]] = field(default_factory=dict)
     runs: int = 0
+    stood_still: list[str] = field(default_factory=list)
+    """Loops that gave nothing for a minute, and were begun anew; a daemon that does so ends the benchmark."""
 
     def prepare(self, forms: Sequence[str]) -> None:
         """Write the model and fill the topics."""
@@ -172,6 +174,16 @@ class Bench:
         moment, before = map(float, log.with_suffix(".start").read_text().split())
         return Turn(found.count / (found.last - moment), 1e6 * (spent - before) / found.count)
 
+    def turn_of(self, name: str, form: str, changes: Mapping[str, str]) -> Turn:
+        """As `turn`; a loop, not a daemon, that gave nothing for a minute is begun anew once, and noted."""
+        try:
+            return self.turn(name, form, changes)
+        except RuntimeError as error:
+            if name.startswith("adaptd/"):
+                raise
+            self.stood_still.append(f"{form} {name}: {error}")
+            return self.turn(name, form, changes)
+
 
 def cpu(process: psutil.Process) -> float:
     times = process.cpu_times()
@@ -209,7 +221,7 @@ def take_turns(bench: Bench, names: Mapping[str, tuple[str, Mapping[str, str]]],
         order = list(names) if number % 2 == 0 else list(reversed(names))
         for name in order:
             contestant, changes = names[name]
-            turns[name].append(bench.turn(contestant, form, changes))
+            turns[name].append(bench.turn_of(contestant, form, changes))
             last = turns[name][-1]
             sys.stderr.write(f"{form} {name}: {last.rate:.0f} records/s, {last.cpu:.1f} us of processor\n")
     return turns
@@ -287,7 +299,7 @@ def measure(bench: Bench) -> dict[str, Any]:
             for name in names
             if name.startswith("adaptd/")
         }
-    return results
+    return results | {"stood_still": bench.stood_still}
 
 
 def main() -> None:

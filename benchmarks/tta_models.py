@@ -66,7 +66,7 @@ class SequenceNet(nn.Module):
         self.place = nn.Parameter(0.1 * torch.randn(steps, width))
         self.blocks = nn.Sequential(_Block(width, 4), _Block(width, 4))
         self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, classes)
+        self.head: nn.Module = nn.Linear(width, classes)
 
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.head(self.norm(self.blocks(self.lift(x) + self.place)).mean(1))
