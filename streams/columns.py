@@ -141,8 +141,10 @@ class Records(Columns[Record]):
 
     def __getitem__(self, at: int | slice) -> Any:
         found = super().__getitem__(at)
-        if self.divided is not None and isinstance(found, Records):
-            first, end, _ = at.indices(len(self)) if isinstance(at, slice) else (0, 0, 1)
+        if self.divided is not None and isinstance(at, slice) and isinstance(found, Records) and found:
+            first, end, step = at.indices(len(self))
+            if step != 1:
+                return found
             found.divided = [
                 Stretch(*one[:2], max(one.start, first) - first, min(one.stop, end) - first)
                 for one in self.divided

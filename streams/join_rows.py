@@ -1,7 +1,8 @@
 """Waiting events in memory: which id lies where, and what belongs to it, in blocks of columns.
 
 Events come in bulk, and most go unasked for, so that is done in C: an id costs an entry of a dictionary, and what
-belongs to it an element of each column. A block without events is let go of; one of which half has gone is packed.
+belongs to it an element of each column. A block without events is let go of; one of which half has gone is packed; and
+where blocks have few events left each, all are put together anew.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ __all__ = ["Rows", "WaitingRows"]
 _BITS = 8
 _ROWS = 1 << _BITS  # of a block: small, so that a full one is packed at once without being noticed
 _LAST = _ROWS - 1
+_FEW = _ROWS // 4
+_MANY = 16
+"""More blocks than these, with fewer events each on average, are put together anew: a block itself takes memory."""
 
 
 class WaitingRows(Columns[Waiting]):
@@ -147,6 +151,16 @@ class Rows:
             del self._blocks[key]
         elif block.live * 2 <= len(block.alive):
             self._blocks[key] = block.packed()
+        if len(self._blocks) > _MANY and len(self._blocks) * _FEW > len(self.numbers):
+            self._put_together()
+
+    def _put_together(self) -> None:
+        """Fill as few blocks as there can be; done once for very many removals."""
+        left = self.copy()
+        self.numbers.clear()
+        self._blocks.clear()
+        self.bytes = self._next = 0
+        self.extend(left)
 
     def pop(self, name: str) -> Fields:
         """Remove an event that waits here, and return its fields."""

@@ -50,6 +50,13 @@ def test_stretches_are_those_of_the_rows_also_in_a_slice(rows: list[Record], fir
     )
 
 
+def test_slices_that_are_empty_or_have_steps_are_divided_by_themselves() -> None:
+    rows = Records.of([record("a", number % 2, number) for number in range(6)])
+    assert len(rows.stretches) == 6
+    assert rows[2:2].stretches == rows[5:3].stretches == []
+    assert rows[0:4:2].stretches == [Stretch("a", 0, 0, 2)]
+
+
 @given(_records)
 def test_runs_of_one_stream_hold_all_records_in_order(rows: list[Record]) -> None:
     parts = Records.of(rows).by_stream()

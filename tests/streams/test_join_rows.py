@@ -59,3 +59,18 @@ def test_a_copy_keeps_its_instant() -> None:
         rows.remove(f"id-{n}")
     assert (len(copy), [row.id for row in rows.copy()]) == (300, ["id-299"])
     assert copy[7] == Waiting("id-7", b"x", 0.0, None, 0, 0)
+
+
+def test_the_few_that_are_left_of_many_lie_together() -> None:
+    rows, count = Rows(), 256 * 40
+    events = [Waiting(f"id-{n}", b"xyz", float(n), None, 0, 0, 0) for n in range(count)]
+    rows.extend(WaitingRows.of(events))
+    left = events[::100]
+    for event in set(events) - set(left):
+        rows.remove(event.id)
+    assert list(rows.copy()) == left
+    assert len(rows._blocks) <= 16, "each takes memory that nothing counts"
+    assert rows.bytes == sum(event_bytes(event.id, event.inputs, event.group) for event in left)
+    assert rows.oldest(1) == [left[0].id]
+    assert rows.extend(WaitingRows.of(left[:3])) == 3
+    assert rows.pop(left[-1].id) == left[-1][1:]
