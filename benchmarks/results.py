@@ -61,13 +61,18 @@ class Report:
     def _envelope(self) -> dict[str, Any]:
         return {
             "name": self._name,
-            "command": " ".join(["python -m", f"benchmarks.{self._name}", *sys.argv[1:]]),
+            "command": " ".join(["python -m", f"benchmarks.{self._name}", *map(_without_folders, sys.argv[1:])]),
             "quick": self._options.quick,
             "date": self._started.isoformat(timespec="seconds"),
             "seconds": round((datetime.now(UTC) - self._started).total_seconds(), 1),
             "machine": machine() | {"load_before": rounded(self._load), "load_after": rounded(os.getloadavg())},
             "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in PACKAGES},
         }
+
+
+def _without_folders(argument: str) -> str:
+    """A path of this machine, which says nothing elsewhere, becomes its last part."""
+    return Path(argument).name if Path(argument).is_absolute() else argument
 
 
 def rounded(values: Sequence[float], digits: int = 2) -> list[float]:

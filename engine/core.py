@@ -139,7 +139,7 @@ class Core:
         batch = Batch(
             ids=tuple(events.ids),
             inputs=self.host.inputs.stack(events.inputs, self.host.device),
-            times=torch.from_numpy(np.array(events.times)),
+            times=torch.from_numpy(np.array(events.times, np.float64)),
             groups=tuple(events.groups),
             now=self.clock.advance(events.times),
         )
@@ -248,7 +248,7 @@ class Core:
                     self.counts["foreign_labels"] += 1
                     self.foreign = row
                 continue
-            if row.label is not None:  # a reward would speak for whatever way to answer is in force
+            if self._hears and row.label is not None:  # a reward would speak for whatever way to answer is in force
                 named.append((row.id, label, row.group))
             row = row._replace(label=label)
             self.counts["labels"] += 1
@@ -256,7 +256,7 @@ class Core:
                 self._to_audit.append(row)
             elif self.learner.enabled:
                 self._to_learn.append(row)
-        if named and self._hears:
+        if named:
             self.methods.adaptation.labelled(*zip(*named, strict=True))
 
     def _label_of(self, row: Joined) -> int | None:
