@@ -37,6 +37,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.is_relative_to(HERE):
             item.add_marker(pytest.mark.broker)
+            item.add_marker(pytest.mark.timeout(400))  # several waits of a test may be long on a slow disk
 
 
 @pytest.fixture(scope="session")

@@ -23,7 +23,8 @@ Opened = Callable[..., AnySource]
 SinkFactory = Callable[..., AnySink]
 TopicFactory = Callable[..., str]
 
-LIMIT = 20.0
+LIMIT = 90.0
+"""Seconds after which a test gives up; only a hang takes them, or a broker that recovers its logs on a slow disk."""
 CLIENTS = ("kafka-python", "confluent")
 
 

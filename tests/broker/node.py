@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import signal
 import socket
@@ -12,7 +13,7 @@ import time
 import uuid
 from base64 import urlsafe_b64encode
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
@@ -59,6 +60,11 @@ listener.name.mutual.ssl.client.auth=required
 Beside the open listener, whose clients may do everything: one with TLS and passwords, one that asks for a client's
 certificate, and one that says of itself that it is reached through a proxy.
 """
+
+
+_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
+_FIRST_GIVEN = int(_RANGE.read_text().split()[0]) if _RANGE.exists() else 32_768
+"""From this port on the system gives ports to connections."""
 
 
 class BrokerMissingError(Exception):
@@ -125,9 +131,12 @@ def certify_client(certificate: Path, key: Path, name: str) -> None:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that is free and stays so while the broker is away: none that the system gives to connections."""
+    while True:
+        port = random.randrange(10_000, _FIRST_GIVEN)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 class Node:
@@ -180,7 +189,7 @@ class Node:
         run(["keytool", "-genkeypair", "-keyalg", "EC", *name, *store])
         run(["keytool", "-exportcert", "-rfc", "-alias", "broker", "-file", str(self.authority), *store])
 
-    def start(self, timeout: float = 60.0) -> None:
+    def start(self, timeout: float = 120.0) -> None:
         """Start and wait until the port answers."""
         with (self.home / "broker.log").open("ab") as log:
             self._process = subprocess.Popen([*self._java, "kafka.Kafka", str(self._config)], stdout=log, stderr=log)

@@ -46,7 +46,7 @@ def daemons(tmp_path: Path, bootstrap: str, client: str) -> Iterator[Any]:
 
 def refused(life: Process, code: int, *told: str) -> None:
     """It ends with an exit code and a sentence, not with a stack trace."""
-    assert life.wait(60) == code, life.words
+    assert life.wait() == code, life.words
     last = life.words.strip().splitlines()[-1]
     assert last.startswith("adaptd: "), life.words
     assert all(part in last for part in told), last
@@ -333,13 +333,13 @@ def test_the_lag_is_exported_in_records_and_seconds_and_goes_with_the_partitions
     topics, count = Topics.make(topic, partitions=2), 4000
     send(sink(topics.data), small_events(0, count))
     first = daemons(topics, "first", model=SLOW).start()
-    first.until(lambda status: status["events"] >= 8 and len(status["lag"]) == 4, 60)
+    first.until(lambda status: status["events"] >= 8 and len(status["lag"]) == 4)
     records, seconds = lagging(first, "lag_records"), lagging(first, "lag_seconds")
     assert len(records) == len(seconds) == 4
     assert sum(records.values()) > count / 8
     assert max(value for value in seconds.values() if not math.isnan(value)) > 0.5
     second = daemons(topics, "second", model=SLOW).start()
-    status = first.until(lambda status: len(status["partitions"]) == 2, 60)
+    status = first.until(lambda status: len(status["partitions"]) == 2)
     mine = {f'stream="{name.rpartition("-")[0]}"' for name in status["partitions"]}
     numbers = {f'partition="{name.rpartition("-")[2]}"' for name in status["partitions"]}
     for name in ("lag_records", "lag_seconds"):

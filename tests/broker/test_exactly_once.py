@@ -29,13 +29,12 @@ from tests.broker.daemons import (
     small_events,
     small_feedback,
 )
-from tests.broker.helpers import AnySink, SinkFactory, TopicFactory
+from tests.broker.helpers import LIMIT, AnySink, SinkFactory, TopicFactory
 from tests.broker.node import Node
 
 KILLS = int(os.environ.get("ADAPTD_BROKER_KILLS", "3"))
 SEED = int(os.environ.get("ADAPTD_CRASH_SEED", "0"))
 FLAGS = ("delivery=exactly_once", "checkpoint.every=300ms")
-LIMIT = 60.0
 AWAY_SECONDS = 22.0
 """Longer than twice what any question to a cluster may take, so that some are given up and others are under way."""
 
@@ -193,7 +192,6 @@ def test_a_broker_that_is_killed_in_the_middle_of_transactions_costs_no_answer_a
     settle(settings, topics, count, life)
 
 
-@pytest.mark.timeout(150)
 def test_a_broker_that_is_away_for_long_ends_no_daemon_and_each_answer_is_there_once(
     topic: TopicFactory, sink: SinkFactory, settings: KafkaSettings, daemons: Daemons, broker: Node
 ) -> None:

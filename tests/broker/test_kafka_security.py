@@ -131,16 +131,16 @@ def test_a_wrong_password_is_told(secure: Secure, topic: TopicFactory, mechanism
 
 def test_a_certificate_for_another_name_is_not_trusted(secure: Secure, topic: TopicFactory, client: str) -> None:
     with pytest.raises(StreamUnavailableError, match=UNTRUSTED[client, "name"]):
-        sink_on(topic(), secure(host="127.0.0.1", timeout=0.5)).open()
+        sink_on(topic(), secure(host="127.0.0.1", timeout=3.0)).open()
 
 
 def test_a_certificate_of_an_unknown_authority_is_not_trusted(secure: Secure, topic: TopicFactory, client: str) -> None:
     with pytest.raises(StreamUnavailableError, match=UNTRUSTED[client, "authority"]):
-        sink_on(topic(), secure(ssl_cafile=None, timeout=0.5)).open()
+        sink_on(topic(), secure(ssl_cafile=None, timeout=3.0)).open()
 
 
 def test_without_a_certificate_the_cluster_does_not_let_us_in(mutual: Secure, topic: TopicFactory) -> None:
-    bare = mutual(ssl_certfile=None, ssl_keyfile=None, ssl_password_file=None, timeout=1.0)
+    bare = mutual(ssl_certfile=None, ssl_keyfile=None, ssl_password_file=None, timeout=3.0)
     refused(bare, topic(), "no broker at .* answers.*certificate")
 
 
@@ -149,7 +149,7 @@ def test_a_certificate_that_the_cluster_does_not_know_is_refused(
 ) -> None:
     certificate, key = tmp_path / "other.pem", tmp_path / "other.key"
     certify_client(certificate, key, "other")
-    refused(mutual(ssl_certfile=certificate, ssl_keyfile=key, timeout=1.0), topic(), "answers.*certificate")
+    refused(mutual(ssl_certfile=certificate, ssl_keyfile=key, timeout=3.0), topic(), "answers.*certificate")
 
 
 def test_a_key_that_its_password_does_not_open_is_told(mutual: Secure, topic: TopicFactory) -> None:

@@ -98,7 +98,7 @@ class Member:
 
     def leave(self) -> None:
         assert self.life is not None
-        self.life.until(lambda status: status["partitions"] and not status["rebuilding"]["partitions"], limit=60)
+        self.life.until(lambda status: status["partitions"] and not status["rebuilding"]["partitions"])
         self.look()
         assert self.life.terminate() == 0, self.life.words
         self.life = None
@@ -142,7 +142,7 @@ class Churn:
         self._next = time.monotonic() + 2.0
 
 
-@pytest.mark.timeout(CHURN_SECONDS + 150)
+@pytest.mark.timeout(CHURN_SECONDS + 400)
 def test_while_two_daemons_come_and_go_everything_is_answered_and_every_label_is_learned_once(
     topic: TopicFactory, sink: SinkFactory, daemons: Any, settings: KafkaSettings, admin: KafkaAdminClient
 ) -> None:
@@ -185,7 +185,7 @@ def test_a_step_longer_than_the_poll_interval_costs_no_partition_and_no_answer(
     life.until(lambda status: len(status["partitions"]) == 4)
     started = time.monotonic()
     send(sink(topics.data), small_events(0, 16))
-    life.until(lambda status: status["events"] == 16, limit=30)
+    life.until(lambda status: status["events"] == 16)
     assert time.monotonic() - started > 4
     assert "partitions_" not in life.words, "two steps of four seconds, and the group never missed it"
     assert life.terminate() == 0, life.words

@@ -27,12 +27,11 @@ from tests.broker.daemons import (
     small_events,
     small_feedback,
 )
-from tests.broker.helpers import SinkFactory, TopicFactory
+from tests.broker.helpers import LIMIT, SinkFactory, TopicFactory
 from tests.broker.node import Node
 
 OUTAGES = int(os.environ.get("ADAPTD_OUTAGES", "2"))
 PER_ROUND = 600
-LIMIT = 60.0
 
 
 @pytest.fixture
@@ -57,7 +56,7 @@ def ordered(settings: KafkaSettings, topics: Topics) -> bool:
     return bool(last)
 
 
-@pytest.mark.timeout(120 + 60 * OUTAGES)
+@pytest.mark.timeout(400 + 60 * OUTAGES)
 def test_killed_under_load_again_and_again_the_broker_costs_no_answer_no_order_and_no_memory(
     sink: SinkFactory, daemon: Daemon, settings: KafkaSettings, broker: Node, admin: KafkaAdminClient
 ) -> None:
