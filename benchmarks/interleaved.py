@@ -18,7 +18,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from engine.core import Answers, Core
+from engine.core import Core
+from engine.coretypes import Answers
 from engine.launch import run_policy
 from engine.logs import configure_logs
 from engine.policyfile import load

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from engine.audit import Audit
-from engine.core import Core, CoreSettings
+from engine.core import Core
+from engine.coretypes import CoreSettings
 from engine.errors import PolicyFileError, StorageError
 from engine.host import Inputs, ModelHost, choose_device, trainable
 from engine.learner import Learner
@@ -80,6 +81,7 @@ def build_core(policy: Policy, model: nn.Module, *, background: bool, directory:
         store_inputs=policy.join.mode == "store",
         background=background,
         window=policy.join.window,
+        freeze_after=policy.release.freeze_after,
     )
     return Core(settings, host, methods, learner, audit, joins)
 

@@ -11,15 +11,14 @@ from __future__ import annotations
 import math
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.audit import Audit, held_out
+from engine.coretypes import Answers, CoreSettings
+from engine.freeze import Freeze
 from engine.host import ModelHost, clone
 from engine.learner import Job, Learner
 from engine.methods import Methods
@@ -44,39 +43,6 @@ MAX_DEFERRED = 64
 """Batches whose adaptation may wait for a background job before serving waits too; bounds memory."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CoreSettings:
-    """What the core needs to know of a policy.
-
-    Attributes:
-        batch_size: Labelled rows of one learning step.
-        max_delay: Seconds of event time after which fewer rows are learned from.
-        audit_share: Share of feedback held out for the audit window, in [0, 1].
-        release_every: Joined labels between two release attempts; 0 for never.
-        store_inputs: Whether inputs wait for their feedback, or feedback carries them.
-        background: Whether jobs run beside serving; else each runs at once, where it is made.
-        window: Seconds by which one row may move the watermark; see `engine.watermark`.
-    """
-
-    batch_size: int
-    max_delay: float
-    audit_share: float
-    release_every: int
-    store_inputs: bool
-    background: bool
-    window: float = math.inf
-
-
-class Answers(NamedTuple):
-    """Answers to one batch, in row order."""
-
-    events: Events
-    labels: NDArray[np.int64]
-    probabilities: NDArray[np.float32]
-    release: int
-    step: int
-
-
 class Core:
     """Ties models, methods, joins and audit together. Used by one thread at a time.
 
@@ -87,6 +53,7 @@ class Core:
         job: The background job to run or running, if any.
         decisions: Release decisions not yet reported, oldest first; whoever reports them takes them out.
         on_done: Told of every job that was taken in.
+        freeze: What answers in place of adaptation where that was rolled back too often.
         foreign: The last label that names no class of the model, until whoever reports it takes it out.
     """
 
@@ -109,6 +76,7 @@ class Core:
         self.step = self.release = 0
         self.alpha = 0.0
         self.clock = Watermark(settings.window)
+        self.freeze = Freeze(host, settings.freeze_after)
         self.job: Job | None = None
         self.on_done: Callable[[Job], object] = lambda job: None
         self.decisions: deque[Decision] = deque(maxlen=64)
@@ -143,7 +111,7 @@ class Core:
             groups=tuple(events.groups),
             now=self.clock.advance(events.times),
         )
-        logits = self.methods.adaptation.adapt(batch)
+        logits = self.freeze.answer(batch.inputs) if self.freeze.on else self.methods.adaptation.adapt(batch)
         probabilities = logits.float().softmax(1)
         labels = probabilities.argmax(1).cpu().numpy()
         answers = Answers(events, labels, probabilities.cpu().numpy(), self.release, self.step)
@@ -156,6 +124,14 @@ class Core:
         (batch, logits, answers), self._batch = self._batch, None
         self.counts["events"] += len(batch)
         self._watch(batch, logits, answers)
+        if not self.freeze.on:
+            self._adapt(batch, logits)
+        if self.settings.store_inputs:
+            self._wait_for_labels(answers)
+        self.make_job()
+
+    def _adapt(self, batch: Batch, logits: Tensor) -> None:
+        """Let adaptation and safeguards do what a batch makes them want to, now or after the job under way."""
         verdicts = [guard.verdict(batch, logits) for guard in self.methods.safeguards]
         if Verdict.RESET in verdicts:
             self._reset_due = True
@@ -163,9 +139,6 @@ class Core:
             self.deferred += self._updates
         else:
             self._settle()
-        if self.settings.store_inputs:
-            self._wait_for_labels(answers)
-        self.make_job()
 
     def _wait_for_labels(self, answers: Answers) -> None:
         """Let the inputs of a batch wait; labels that came before their event join now."""
@@ -184,7 +157,7 @@ class Core:
         """Apply what adaptation and safeguards want done to the live weights. Never while a job is under way."""
         if self._reset_due:
             self._reset()
-        elif self._updates:
+        elif self._updates and not self.freeze.on:
             self.counts["merged_batches"] += max(0, self.deferred - 1)
             self._count(StepKind.ADAPTATION, self.methods.adaptation.update())
         self.deferred = 0
@@ -248,13 +221,15 @@ class Core:
                     self.counts["foreign_labels"] += 1
                     self.foreign = row
                 continue
-            if self._hears and row.label is not None:  # a reward would speak for whatever way to answer is in force
+            if (
+                self._hears and not self.freeze.on and row.label is not None
+            ):  # a reward would speak for whatever way to answer is in force
                 named.append((row.id, label, row.group))
             row = row._replace(label=label)
             self.counts["labels"] += 1
             if held_out(row.id, self.settings.audit_share):
                 self._to_audit.append(row)
-            elif self.learner.enabled:
+            elif self.learner.enabled and not self.freeze.on:
                 self._to_learn.append(row)
         if named:
             self.methods.adaptation.labelled(*zip(*named, strict=True))
@@ -288,7 +263,8 @@ class Core:
         learn = self._due(self._to_learn, size)
         audit = self._due(self._to_audit, max(1, size // 2))
         every = self.settings.release_every
-        attempt = bool(every) and self.counts["labels"] - self._attempted_at >= every and len(self.audit) > 0
+        due = bool(every) and self.counts["labels"] - self._attempted_at >= every
+        attempt = due and not self.freeze.on and len(self.audit) > 0
         if not (learn or audit or attempt):
             return None
         if attempt:
@@ -333,6 +309,9 @@ class Core:
                 guard.released(self.host.release)
         elif decision.action is Action.ROLL_BACK:
             self._roll_back()
+        self.freeze.see(decision.action)
+        if self.freeze.on:
+            self._to_learn.clear()
 
     def _roll_back(self) -> None:
         """Return the live weights to the release, and whatever adaptation keeps beside them."""
@@ -374,6 +353,7 @@ class Core:
             "alpha": self.alpha,
             "watermark": self.watermark,
             "clock": self.clock.state_dict(),
+            "rolled_back": self.freeze.state_dict(),
             "attempted_at": self._attempted_at,
             "reset_due": self._reset_due,
             "deferred": self.deferred,
@@ -388,5 +368,6 @@ class Core:
         self._attempted_at = state["attempted_at"]
         of_old = {"value": state["watermark"], "ahead": 0, "run": 0, "oldest": None}  # before there was a clock
         self.clock.load_state_dict(state.get("clock", of_old))
+        self.freeze.load_state_dict(state.get("rolled_back", []))  # nobody counted them once
         self._reset_due, self.deferred = state["reset_due"], state["deferred"]
         self._to_learn, self._to_audit = deque(unpack(state["to_learn"])), deque(unpack(state["to_audit"]))

@@ -158,6 +158,8 @@ class Keeper:
             log.warning("policy_changed", step=loaded.step)
         core.audit.load_state_dict(policy["audit"])
         core.load_state_dict(policy["core"])
+        if loaded.manifest.config_digest != self._digest:
+            core.freeze.thaw()
         _set_random(policy["random"])
         with loaded.open("join.bin") as file:
             core.joins.restore(file)
@@ -178,6 +180,7 @@ class Keeper:
         loaded = load_folder(LocalDisk(), self.store.directory / name_of(self.saved_step))
         self._fits(loaded, core)
         self._apply(loaded, core, strict=True)
+        core.freeze.thaw()
         self._digest = digest
 
     def append(self, entry: Entry) -> None:

@@ -147,6 +147,7 @@ class Families:
             "merged_batches", "Batches without an adaptation step of their own: they waited for a job and shared one"
         )
         self.resets = self._counter("resets", "Returns of the live weights to the source model")
+        self.frozen = self._gauge("frozen", "1 while the release answers as it is, after too many rollbacks")
         self.rollbacks = self._counter("rollbacks", "Returns of the live weights to the release")
         self.nonfinite_inputs = self._counter("nonfinite_inputs", "Rows whose inputs held NaN or infinity")
         self.step = self._gauge("model_step", "Updates applied to the live weights since the source model")

@@ -287,6 +287,7 @@ class Metrics(Families):
     def _look_at_model(self, core: Core) -> None:
         self.step.set(core.step)
         self.release.set(core.release)
+        self.frozen.set(core.freeze.on)
         if core.release:
             self.alpha.set(core.alpha)
         self.learning.set(core.job is not None)

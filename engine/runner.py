@@ -9,7 +9,8 @@ from typing import cast
 
 import structlog
 
-from engine.core import Answers, Core
+from engine.core import Core
+from engine.coretypes import Answers
 from engine.cutter import MOVES, Bad, Cut, split, times_of
 from engine.floors import Floors
 from engine.keeper import Keeper, Snapshot
@@ -56,6 +57,7 @@ class Runner:
         self.replayed = 0
         self.dead_letters = 0
         self._quiet_until = self._labels_quiet_until = 0.0
+        self._told_frozen = False
         self.taken = {(stream, number): at for stream, number, at in keeper.membership.get("taken", [])}
         self.floors = floors or Floors({}, None)
         self.floors.load_state_dict(keeper.membership.get("marks", []))
@@ -97,6 +99,9 @@ class Runner:
             log.info(
                 "release_decided", action=decision.action, reason=decision.reason, release=self.core.release, **figures
             )
+        if self.core.freeze.on and not self._told_frozen:
+            log.error("frozen", rollbacks=self.core.freeze.rollbacks, answers="release", until="the policy changes")
+        self._told_frozen = self.core.freeze.on
 
     def _foreign_label(self) -> None:
         """Describe a label that names no class of the model once in a while."""

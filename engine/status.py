@@ -42,7 +42,7 @@ def status(daemon: Daemon) -> dict[str, Any]:
         "events": core.counts["events"],
         "labels": core.counts["labels"],
         "dead_letters": daemon.runner.dead_letters,
-        "model": {"release": core.release, "step": core.step, "alpha": core.alpha},
+        "model": {"release": core.release, "step": core.step, "alpha": core.alpha, "frozen": core.freeze.on},
         "accuracy": core.audit.accuracies(),
         "audited": len(core.audit),
         "counts": dict(sorted(dict(core.counts).items())),

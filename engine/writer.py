@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import structlog
 
-from engine.core import Answers
+from engine.coretypes import Answers
 from engine.cutter import Bad
 from engine.metrics import Metrics
 from engine.outbox import TRANSACTION, Outbox

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from engine.audit import Audit
-from engine.core import Core, CoreSettings
+from engine.core import Core
+from engine.coretypes import CoreSettings
 from engine.host import Inputs, ModelHost
 from engine.learner import Learner
 from engine.methods import Choice, Methods

@@ -12,7 +12,8 @@ from structlog.testing import capture_logs
 
 from engine import backtest
 from engine.backtest import Options, Result, command
-from engine.core import Answers, Core
+from engine.core import Core
+from engine.coretypes import Answers
 from engine.errors import UsageError
 from engine.policyfile import LoadedPolicy, load
 from policies.interfaces import Batch

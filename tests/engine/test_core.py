@@ -6,6 +6,7 @@ import torch
 
 from engine.audit import held_out
 from engine.core import Core
+from engine.freeze import Freeze
 from engine.host import clone
 from policies.interfaces import Action, Batch, Decision, Evidence, Gate, Safeguard, Verdict, Weights
 from tests.engine.cores import choice, drive, events, feedback, make_core
@@ -270,3 +271,31 @@ def test_feedback_that_carries_its_inputs_is_audited_by_what_the_live_weights_an
     assert len(core.audit) == 16
     accuracies = core.audit.accuracies()
     assert accuracies["live"] == accuracies["source"] == accuracies["release"]
+
+
+def test_frozen_it_answers_as_the_release_and_neither_adapts_nor_learns_nor_attempts() -> None:
+    core = make_core(
+        choice("adaptation", "tent", lr=0.05),
+        choice("safeguard", "replay", capacity=64),
+        choice("interpolation", "linear"),
+        choice("gate", "flips", budget=0.2),
+    )
+    core.methods.gate = RollingBack(RollingBack.Params(), core.methods.adaptation.context)
+    core.settings = replace(core.settings, release_every=16)
+    core.freeze = Freeze(core.host, 2)
+    drive(core, range(30))
+    assert core.freeze.on
+    steps, counts = core.step, core.counts.copy()
+    drive(core, range(30, 40))
+    assert core.counts["rollbacks"] == 2
+    assert core.step == steps
+    assert core.counts["updates.learning"] == counts["updates.learning"]
+    assert core.counts["labels"] > counts["labels"], "they are audited all the same"
+    assert not core.unfinished or not core.job
+    core.finish()
+    assert core.step == steps
+    answers = core.answer(events(400, 8))
+    core.follow()
+    rows = torch.stack([torch.frombuffer(bytearray(event.inputs), dtype=torch.float32) for event in events(400, 8)])
+    expected = core.host.source(rows).softmax(1).numpy()
+    np.testing.assert_allclose(answers.probabilities, expected, rtol=1e-5)

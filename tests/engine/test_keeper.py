@@ -10,7 +10,9 @@ from torch import nn
 from engine.checkpoint.errors import NoValidCheckpointError
 from engine.core import Core
 from engine.errors import StorageError
+from engine.freeze import Freeze
 from engine.methods import Choice
+from policies.interfaces import Action
 from tests.engine.cores import CLASSES, FEATURES, choice, make_core, tiny_model
 from tests.engine.lives import Life
 
@@ -221,3 +223,20 @@ def test_a_damaged_journal_that_the_newest_checkpoint_does_not_need_is_set_aside
     assert (tmp_path / "broken" / oldest.name).exists()
     assert not oldest.exists()
     assert again.core.counts == Life(tmp_path / "whole", make).finish().core.counts
+
+
+@pytest.mark.parametrize(("digest", "on"), [("0", True), ("1", False)])
+def test_what_was_frozen_stays_so_until_the_policy_changes(tmp_path: Path, digest: str, on: bool) -> None:
+    def make() -> Core:
+        core = maker("none", False)()
+        core.freeze = Freeze(core.host, 2)
+        return core
+
+    life = Life(tmp_path, make).run(12)
+    for _ in range(2):
+        life.core.freeze.see(Action.ROLL_BACK)
+    life.save()
+    life.crash()
+    again = Life(tmp_path, make, digest=64 * digest)
+    assert again.core.freeze.on is on
+    again.crash()

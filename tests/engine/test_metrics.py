@@ -74,6 +74,7 @@ FROZEN = {
     "adaptd_release_alpha_ratio": ("gauge", ()),
     "adaptd_release_decisions": ("counter", ("action", "reason")),
     "adaptd_release_number": ("gauge", ()),
+    "adaptd_frozen": ("gauge", ()),
     "adaptd_release_timestamp_seconds": ("gauge", ()),
     "adaptd_replayed_batches": ("counter", ()),
     "adaptd_rebuild_records": ("gauge", ()),

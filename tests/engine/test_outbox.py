@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry
 
 from engine import outbox as outbox_module
 from engine import writer as module
-from engine.core import Answers
+from engine.coretypes import Answers
 from engine.cutter import Bad
 from engine.metrics import Metrics
 from engine.outbox import CountedTransactions

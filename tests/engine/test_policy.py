@@ -32,6 +32,7 @@ learning.batch_size
 learning.max_delay learning.parameters learning.include learning.exclude learning.mode
 audit.share audit.window
 release.every
+release.freeze_after
 checkpoint.every checkpoint.keep checkpoint.patience checkpoint.allow_network
 metrics.enabled metrics.host metrics.port
 log.level log.format

@@ -28,6 +28,8 @@ from engine.learner import Job, Learner
 from engine.policyfile import LoadedPolicy, load
 from engine.reload import Reloader
 from engine.scaffold import EVENTS, LABEL_EVERY, init
+from engine.status import status
+from policies.interfaces import Action
 from tests.engine.parts import resting, until
 from tests.engine.test_policy_invalid import CASES
 
@@ -189,6 +191,28 @@ def test_the_metrics_and_the_status_tell_of_every_reload(project: Path) -> None:
         assert [running.count(result) for result in ("applied", "rejected", "unchanged")] == [1, 1, 1]
 
     drive(project, script)
+
+
+def test_a_changed_policy_thaws_what_was_frozen(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    async def script(running: Running) -> None:
+        daemon = running.daemon
+        for _ in range(2 * daemon.core.settings.freeze_after):
+            daemon.core.freeze.see(Action.ROLL_BACK)
+        append_events(project, 64)
+        await until(lambda: daemon.core.counts["events"] == EVENTS + 64)
+        daemon.export()
+        assert daemon.metrics.registry.get_sample_value("adaptd_frozen") == 1
+        assert status(daemon)["model"]["frozen"]
+        assert await running.reload() == "unchanged"
+        assert daemon.core.freeze.on
+        change(project, {"lr: 0.01": "lr: 0.001"})
+        assert await running.reload() == "applied"
+        daemon.export()
+        assert daemon.metrics.registry.get_sample_value("adaptd_frozen") == 0
+        assert not status(daemon)["model"]["frozen"]
+
+    drive(project, script)
+    assert capsys.readouterr().out.count("] frozen ") == 1, "said once, not with every batch"
 
 
 def test_a_background_job_under_way_is_finished_first(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:

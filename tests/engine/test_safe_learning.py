@@ -100,12 +100,29 @@ def test_a_learning_rate_that_breaks_a_bare_model_does_not_break_a_guarded_one(t
     assert guarded["accuracy"] > guarded["source_accuracy"] - 0.01
 
 
+UNGUARDED = f"{GUARDED}{EXPLOSION}safeguards: []\n"
+
+
 def test_weights_that_explode_without_safeguards_are_rolled_back_at_every_look_and_never_released(
     tmp_path: Path,
 ) -> None:
-    found = backtest(tmp_path, brittle(norm=True, scale=1.0), f"{GUARDED}{EXPLOSION}safeguards: []\n")
+    found = backtest(tmp_path, brittle(norm=True, scale=1.0), f"{UNGUARDED}release: {{freeze_after: 0}}\n")
     assert found["rollbacks"] >= 3
     assert found["decisions"] == {"roll_back.live_worse": found["rollbacks"]}
     assert found["release"]["number"] == 0
     audited = found["release"]["accuracy"]
     assert audited["release"] == audited["source"] > audited["live"]
+
+
+def test_rolled_back_too_often_it_answers_as_the_release_from_then_on(tmp_path: Path) -> None:
+    text = f"preset: guarded\n{EXPLOSION}safeguards: []\naudit: {{share: 0.2, window: 100}}\n"
+    loose, frozen = (
+        backtest(tmp_path, brittle(norm=True, scale=1.0), f"{text}release: {{every: 200, freeze_after: {limit}}}\n")
+        for limit in (0, 2)
+    )
+    assert loose["rollbacks"] > 4
+    assert frozen["rollbacks"] == 2
+    assert frozen["updates_by_kind"]["learning"] < loose["updates_by_kind"]["learning"] / 2
+    assert frozen["accuracy"] > loose["accuracy"] + 0.2
+    of_late = frozen["release"]["accuracy"]
+    assert of_late["live"] == of_late["source"] > loose["release"]["accuracy"]["live"]

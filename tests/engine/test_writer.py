@@ -9,7 +9,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from engine import writer as module
-from engine.core import Answers
+from engine.coretypes import Answers
 from engine.cutter import Bad
 from engine.metrics import Metrics
 from engine.writer import QUEUE_BATCHES, Outgoing, Writer
