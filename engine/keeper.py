@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from typing import Any, BinaryIO
 
@@ -71,7 +72,7 @@ class Keeper:
         self.store = store
         self.journal = journal
         self.stopping = threading.Event()
-        """Set to wait for the disk no longer."""
+        """Set to wait for the disk no longer, and to write without rests."""
         self.trouble = ""
         """What keeps the journal from being written, in words; empty while nothing does."""
         self._digest = digest
@@ -264,7 +265,7 @@ class Keeper:
             "membership": dict(membership or {}),
         }
         joins = core.joins.snapshot()
-        parts["join.bin"] = joins.write
+        parts["join.bin"] = partial(joins.write, pause=self.stopping.wait)
         failpoint("snapshot")
         try:
             self.journal.start(self.sequence)

@@ -2,21 +2,24 @@
 
 Events come in bulk, and most go unasked for, so that is done in C: an id costs an entry of a dictionary, and what
 belongs to it an element of each column. A block without events is let go of; one of which half has gone is packed; and
-where blocks have few events left each, all are put together anew.
+where blocks have few events left each, all are put together anew. What waits at one instant is given away as the blocks
+themselves: whoever changes one that was given away copies it before.
 """
 
 from __future__ import annotations
 
 from array import array
+from bisect import bisect_left
+from collections import deque
 from collections.abc import Collection, Iterator, Sequence
-from itertools import compress
+from itertools import accumulate, compress, islice
 from typing import Any
 
 from streams.columns import Column, Columns
 from streams.join_format import Fields, Waiting
 from streams.join_size import event_bytes, events_bytes
 
-__all__ = ["Rows", "WaitingRows"]
+__all__ = ["Rows", "SharedRows", "WaitingRows"]
 
 _BITS = 8
 _ROWS = 1 << _BITS  # of a block: small, so that a full one is packed at once without being noticed
@@ -46,11 +49,16 @@ class WaitingRows(Columns[Waiting]):
 
 
 class _Block:
-    """Up to `_ROWS` events in the order in which they came, with those that have gone since among them."""
+    """Up to `_ROWS` events in the order in which they came, with those that have gone since among them.
 
-    __slots__ = ("alive", "columns", "live", "numbers")
+    Args:
+        shares: How often `Rows` had given its blocks away before this one was made.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("alive", "columns", "live", "numbers", "shares")
+
+    def __init__(self, shares: int) -> None:
+        self.shares = shares
         self.columns = growing()
         self.numbers = bytearray()
         """The number of each row in its block; rows move when the block is packed, numbers do not change."""
@@ -80,18 +88,63 @@ class _Block:
         self.live -= 1
         return size
 
-    def left(self) -> Iterator[Iterator[Any]]:
-        """What the columns, and then the numbers, hold of events that have not gone."""
-        return (compress(column, self.alive) for column in (*self.columns, self.numbers))
+    def each(self, column: int) -> Iterator[tuple[str, Any]]:
+        """Ids, and what a column holds, of the events that have not gone."""
+        return compress(zip(self.columns[0], self.columns[column], strict=True), self.alive)
 
-    def packed(self) -> _Block:
-        """The same without the rows that have gone."""
-        block = _Block()
-        for column, values in zip((*block.columns, block.numbers), self.left(), strict=True):
-            column.extend(values)
-        block.alive.extend(b"\1" * self.live)
-        block.live = self.live
+    @property
+    def left(self) -> WaitingRows:
+        """The events that have not gone."""
+        if self.live == len(self.alive):
+            return WaitingRows(*self.columns)
+        columns = growing()
+        for column, values in zip(columns, self.columns, strict=True):
+            column.extend(compress(values, self.alive))
+        return WaitingRows(*columns)
+
+    def packed(self, shares: int, without: int = 0) -> _Block:
+        """The same without the rows that have gone, and without so many of the others, from the first."""
+        block = _Block(shares)
+        for column, values in zip((*block.columns, block.numbers), (*self.columns, self.numbers), strict=True):
+            column.extend(islice(compress(values, self.alive), without, None))
+        block.live = self.live - without
+        block.alive.extend(b"\1" * block.live)
         return block
+
+    def copy(self, shares: int) -> _Block:
+        """The same, to be changed."""
+        block = _Block(shares)
+        block.columns = tuple(column[:] for column in self.columns)
+        block.numbers, block.alive, block.live = self.numbers[:], self.alive[:], self.live
+        return block
+
+
+class SharedRows:
+    """What waited at one instant, oldest first; may be read on another thread while `Rows` goes on."""
+
+    def __init__(self, blocks: Sequence[_Block]) -> None:
+        self._blocks = blocks
+
+    def parts(self) -> Iterator[WaitingRows]:
+        """Yield the events in parts of few hundreds."""
+        return (block.left for block in self._blocks)
+
+    def sizes(self) -> Iterator[int]:
+        """Yield how long the inputs of events are at most, for each part."""
+        return (max(map(len, block.columns[1])) for block in self._blocks)
+
+    def whole(self) -> WaitingRows:
+        """Return all events."""
+        return joined(list(self.parts()))
+
+
+def joined(parts: Sequence[WaitingRows]) -> WaitingRows:
+    """Return events of several parts one after another."""
+    columns = growing()
+    for part in parts:
+        for column, values in zip(columns, part.columns, strict=True):
+            column.extend(values)
+    return WaitingRows(*columns)
 
 
 class Rows:
@@ -106,7 +159,7 @@ class Rows:
         self.numbers: dict[str, int] = {}
         self.bytes = 0
         self._blocks: dict[int, _Block] = {}
-        self._next = 0
+        self._next = self._shares = 0
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -129,12 +182,19 @@ class Rows:
             key, first = self._next >> _BITS, self._next & _LAST
             part = events[at : at + _ROWS - first]
             if key not in self._blocks:
-                self._blocks[key] = _Block()
-            self._blocks[key].extend(part, first)
+                self._blocks[key] = _Block(self._shares)
+            self._own(key).extend(part, first)
             self._next += len(part)
             at += len(part)
         self.bytes += events_bytes(events.ids, events.inputs, events.groups)
         return len(known)
+
+    def _own(self, key: int) -> _Block:
+        """A block that is to be changed, and that nobody else sees."""
+        block = self._blocks[key]
+        if block.shares != self._shares:
+            block = self._blocks[key] = block.copy(self._shares)
+        return block
 
     def get(self, name: str) -> Fields | None:
         """Return the fields of an event, or None where it does not wait here."""
@@ -145,18 +205,18 @@ class Rows:
         """Remove an event that waits here."""
         number = self.numbers.pop(name)
         key = number >> _BITS
-        block = self._blocks[key]
+        block = self._own(key)
         self.bytes -= block.remove(number & _LAST)
         if not block.live:
             del self._blocks[key]
         elif block.live * 2 <= len(block.alive):
-            self._blocks[key] = block.packed()
+            self._blocks[key] = block.packed(self._shares)
         if len(self._blocks) > _MANY and len(self._blocks) * _FEW > len(self.numbers):
             self._put_together()
 
     def _put_together(self) -> None:
         """Fill as few blocks as there can be; done once for very many removals."""
-        left = self.copy()
+        left = self.share().whole()
         self.numbers.clear()
         self._blocks.clear()
         self.bytes = self._next = 0
@@ -171,35 +231,36 @@ class Rows:
 
     def older(self, time: float) -> list[str]:
         """Ids of the events before a time, in seconds."""
-        return [name for name, at in self._each(2) if at < time]
+        old = [block for block in self._blocks.values() if min(block.columns[2]) < time]
+        return [name for block in old for name, at in block.each(2) if at < time]
 
     def of(self, partitions: Collection[int]) -> list[str]:
         """Ids of the events that came from some partitions."""
-        return [name for name, number in self._each(6) if number in partitions]
+        return [name for block in self._blocks.values() for name, number in block.each(6) if number in partitions]
 
-    def oldest(self, size: int) -> list[str]:
-        """Ids of the events that came first, of at least ``size`` bytes where there are as many."""
-        names: list[str] = []
-        for block in self._blocks.values():
-            for name, *fields in compress(zip(*block.columns, strict=True), block.alive):
-                if size <= 0:
-                    return names
-                names.append(name)
-                size -= event_bytes(name, fields[0], fields[2])
-        return names
+    def take_oldest(self, size: int) -> WaitingRows:
+        """Remove the events that came first, of at least ``size`` bytes where there are as many, and return them."""
+        taken: list[WaitingRows] = []
+        while size > 0 and self._blocks:
+            key = next(iter(self._blocks))
+            block = self._blocks[key]
+            events = block.left
+            ends = list(accumulate(map(event_bytes, events.ids, events.inputs, events.groups)))
+            count = min(bisect_left(ends, size) + 1, len(ends))
+            if count == len(ends):
+                del self._blocks[key]
+            else:
+                self._blocks[key] = block.packed(self._shares, without=count)
+            taken.append(events[:count])
+            size -= ends[count - 1]
+            self.bytes -= ends[count - 1]
+            deque(map(self.numbers.__delitem__, taken[-1].ids), 0)
+        return joined(taken)
 
-    def _each(self, column: int) -> Iterator[tuple[str, Any]]:
-        for block in self._blocks.values():
-            yield from compress(zip(block.columns[0], block.columns[column], strict=True), block.alive)
-
-    def copy(self) -> WaitingRows:
+    def share(self) -> SharedRows:
         """Return everything as it is now."""
-        columns = growing()
-        for block in self._blocks.values():
-            whole = block.live == len(block.alive)
-            for column, values in zip(columns, block.columns if whole else block.left(), strict=False):
-                column.extend(values)
-        return WaitingRows(*columns)
+        self._shares += 1
+        return SharedRows(list(self._blocks.values()))
 
 
 def growing() -> tuple[Any, ...]:

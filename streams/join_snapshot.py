@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
 from streams.join_format import FRAME_BYTES, Early, pack_block, pack_early, pack_settled, payloads, write_frames
-from streams.join_rows import WaitingRows
+from streams.join_rows import SharedRows, WaitingRows, joined
 from streams.join_settled import How
 from streams.join_spill import SpillReader
+from streams.pace import Pace
 
 __all__ = ["JoinSnapshot"]
 
 _ENTRY_BYTES = 256  # what an entry takes beside its inputs, as a rule
+_ENTRIES = 64
+"""Entries that are packed between two looks whether to rest."""
 
 
 class JoinSnapshot:
@@ -23,7 +26,7 @@ class JoinSnapshot:
         self,
         scalars: dict[str, Any],
         reader: SpillReader | None,
-        waiting: WaitingRows,
+        waiting: SharedRows,
         early: dict[str, Early],
         settled: dict[str, How],
     ) -> None:
@@ -33,40 +36,55 @@ class JoinSnapshot:
         self._early = early
         self._settled = settled
 
-    def write(self, file: BinaryIO) -> None:
+    def write(self, file: BinaryIO, pause: Callable[[float], object] | None = None) -> None:
         """Write everything in the form of `streams.join_format`, and close.
+
+        Args:
+            file: Where to.
+            pause: See `Pace`.
 
         Raises:
             OSError: The file cannot be written.
             JoinError: The events on disk cannot be read.
         """
         try:
-            write_frames(file, self._frames())
+            write_frames(file, self._frames(Pace(pause)))
         finally:
             self.close()
 
-    def _frames(self) -> Iterator[tuple[bytes, bytes]]:
+    def _frames(self, pace: Pace) -> Iterator[tuple[bytes, bytes]]:
         yield b"S", json.dumps(self._scalars).encode()
+        settled = (pack_settled(name, how) for name, how in self._settled.items())
+        early = (pack_early(name, feedback) for name, feedback in self._early.items())
+        on_disk = self._reader.entries() if self._reader is not None else ()
         parts = (
-            (b"R", payloads(pack_settled(name, how) for name, how in self._settled.items())),
-            (b"D", payloads(self._reader.entries() if self._reader is not None else ())),
-            (b"B", self._blocks()),
-            (b"F", payloads(pack_early(name, feedback) for name, feedback in self._early.items())),
+            (b"R", payloads(pace.over(settled, _ENTRIES))),
+            (b"D", payloads(pace.over(on_disk, _ENTRIES))),
+            (b"B", self._blocks(pace)),
+            (b"F", payloads(pace.over(early, _ENTRIES))),
         )
         for kind, packed in parts:
-            for payload in packed:
+            for payload in pace.over(packed):
                 yield kind, payload
 
-    def _blocks(self) -> Iterator[bytes]:
+    def _blocks(self, pace: Pace) -> Iterator[bytes]:
         """What waits in memory in payloads of about `FRAME_BYTES`, the same for the same events."""
-        waiting = self._waiting
-        size = max(1, FRAME_BYTES // (_ENTRY_BYTES + max(map(len, waiting.inputs), default=0)))
-        for at in range(0, len(waiting), size):
-            yield pack_block(*waiting[at : at + size].columns)
+        size = max(1, FRAME_BYTES // (_ENTRY_BYTES + max(pace.over(self._waiting.sizes()), default=0)))
+        held: list[WaitingRows] = []
+        room = size
+        for part in pace.over(self._waiting.parts()):
+            rest = part
+            while len(rest) >= room:
+                yield pack_block(*joined([*held, rest[:room]]).columns)
+                rest, held, room = rest[room:], [], size
+            held.append(rest)
+            room -= len(rest)
+        if room < size:
+            yield pack_block(*joined(held).columns)
 
     def close(self) -> None:
         """Let go of everything. Safe to call twice."""
         if self._reader is not None:
             self._reader.close()
             self._reader = None
-        self._waiting, self._early, self._settled = WaitingRows.of([]), {}, {}
+        self._waiting, self._early, self._settled = SharedRows(()), {}, {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,6 +45,7 @@ class Row(NamedTuple):
     fields: Fields
 
 
+@lru_cache(1024)
 def row_bytes(id_size: int, entry_size: int) -> int:
     """Return what a row takes in the file, in bytes.
 

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streams.join_format import Waiting
-from streams.join_rows import Rows, WaitingRows
+from streams.join_rows import Rows, SharedRows, WaitingRows
 from streams.join_size import event_bytes
 
 _events = st.builds(
@@ -15,14 +16,16 @@ _steps = st.lists(st.lists(_events, max_size=400) | st.integers(1, 7), max_size=
 
 
 def rows_of(rows: Rows) -> dict[str, Waiting]:
-    return {row.id: row for row in rows.copy()}
+    return {row.id: row for row in rows.share().whole()}
 
 
 @settings(max_examples=60, deadline=None)
 @given(_steps)
 def test_rows_are_a_table_in_the_order_of_coming(steps: list[list[Waiting] | int]) -> None:
     rows, table = Rows(), dict[str, Waiting]()
+    shared: list[tuple[SharedRows, list[Waiting]]] = []
     for step in steps:
+        shared.append((rows.share(), list(table.values())))
         if isinstance(step, int):
             for name in list(table)[::step]:
                 event = table.pop(name)
@@ -34,31 +37,58 @@ def test_rows_are_a_table_in_the_order_of_coming(steps: list[list[Waiting] | int
                 known -= event.id not in table
                 table.setdefault(event.id, event)
             assert rows.extend(WaitingRows.of(step)) == known
-    assert list(rows.copy()) == list(table.values())
+    shared.append((rows.share(), list(table.values())))
+    for copy, then in shared:
+        assert list(copy.whole()) == then, "what was given away does not change any more"
+        assert max(copy.sizes(), default=0) == max((len(event.inputs) for event in then), default=0)
     assert (len(rows), rows.get("id")) == (len(table), None)
     assert rows.bytes == sum(event_bytes(event.id, event.inputs, event.group) for event in table.values())
     assert rows.older(5.0) == [event.id for event in table.values() if event.time < 5.0]
     assert rows.of({1, 2}) == [event.id for event in table.values() if event.partition in {1, 2}]
 
 
-def test_the_oldest_are_as_many_as_free_a_size() -> None:
-    events = [Waiting(f"id-{n}", bytes(100), 0.0, None, 0, 0) for n in range(600)]
+@pytest.mark.parametrize("gone", [(), (0, 3, 4, 255, 256, 511)])
+def test_the_oldest_that_are_taken_are_as_many_as_free_a_size(gone: tuple[int, ...]) -> None:
+    events = [Waiting(f"id-{n}", bytes(100 + n % 3), 0.0, None, 0, 0) for n in range(600)]
     rows = Rows()
     rows.extend(WaitingRows.of(events))
-    size = event_bytes(events[0].id, events[0].inputs, None)
-    assert rows.oldest(0) == []
-    assert rows.oldest(2 * size - 1) == ["id-0", "id-1"]
-    assert rows.oldest(10**9) == [event.id for event in events]
+    for n in gone:
+        rows.remove(f"id-{n}")
+    left = [event for n, event in enumerate(events) if n not in gone]
+    shared = rows.share()
+    assert list(rows.take_oldest(0)) == []
+    for size in (1, 5000, 60_000, 5000, 10**9, 1):
+        wanted, taken = 0, 0
+        while taken < size and wanted < len(left):
+            taken += event_bytes(left[wanted].id, left[wanted].inputs, None)
+            wanted += 1
+        before = rows.bytes
+        assert list(rows.take_oldest(size)) == left[:wanted]
+        assert before - rows.bytes == taken
+        left = left[wanted:]
+        assert list(rows.share().whole()) == left
+        assert [rows.get(event.id) for event in left] == [event[1:] for event in left]
+    assert (len(rows), rows.bytes) == (0, 0)
+    assert len(shared.whole()) == 600 - len(gone)
+
+
+def test_an_event_that_was_given_away_can_be_replaced_by_one_of_the_same_id() -> None:
+    rows = Rows()
+    rows.extend(WaitingRows.of([Waiting("id", b"x", 0.0, None, 0, 0)]))
+    shared = rows.share()
+    rows.remove("id")
+    rows.extend(WaitingRows.of([Waiting("id", b"other", 1.0, None, 0, 0)]))
+    assert [row.inputs for row in (*shared.whole(), *rows.share().whole())] == [b"x", b"other"]
 
 
 def test_a_copy_keeps_its_instant() -> None:
     rows = Rows()
     rows.extend(WaitingRows.of([Waiting(f"id-{n}", b"x", 0.0, None, 0, 0) for n in range(300)]))
-    copy = rows.copy()
+    copy = rows.share()
     for n in range(299):
         rows.remove(f"id-{n}")
-    assert (len(copy), [row.id for row in rows.copy()]) == (300, ["id-299"])
-    assert copy[7] == Waiting("id-7", b"x", 0.0, None, 0, 0)
+    assert (len(copy.whole()), [row.id for row in rows.share().whole()]) == (300, ["id-299"])
+    assert copy.whole()[7] == Waiting("id-7", b"x", 0.0, None, 0, 0)
 
 
 def test_the_few_that_are_left_of_many_lie_together() -> None:
@@ -68,9 +98,9 @@ def test_the_few_that_are_left_of_many_lie_together() -> None:
     left = events[::100]
     for event in set(events) - set(left):
         rows.remove(event.id)
-    assert list(rows.copy()) == left
+    assert list(rows.share().whole()) == left
     assert len(rows._blocks) <= 16, "each takes memory that nothing counts"
     assert rows.bytes == sum(event_bytes(event.id, event.inputs, event.group) for event in left)
-    assert rows.oldest(1) == [left[0].id]
     assert rows.extend(WaitingRows.of(left[:3])) == 3
     assert rows.pop(left[-1].id) == left[-1][1:]
+    assert list(rows.take_oldest(1)) == left[:1]
