@@ -148,6 +148,10 @@ def consumer_config(settings: KafkaSettings, *, group: str | None, member: str |
         "queued.max.messages.kbytes": "16384",
         "queued.min.messages": "20000",
         "fetch.queue.backoff.ms": "10",
+        # One fetch at a time asks a broker, for whatever topics have room; while the data's queue is full that may be
+        # the feedback alone, which has nothing new. Nobody asks for data until it ends: by default half a second,
+        # several times what a full queue lasts.
+        "fetch.wait.max.ms": "50",
         "check.crcs": "true",
     }
     ours = {

@@ -93,6 +93,12 @@ def test_a_consumer_never_commits_or_resets_by_itself() -> None:
     assert {config["enable.auto.commit"], config["enable.auto.offset.store"]} == {"false"}
 
 
+def test_a_fetch_that_waits_for_an_idle_topic_ends_before_a_full_queue_of_another_is_used_up() -> None:
+    config = consumer_config(settings(), group=None, member=None)
+    seconds_at_a_hundred_thousand = int(config["queued.min.messages"]) / 100_000
+    assert float(config["fetch.wait.max.ms"]) / 1000 < seconds_at_a_hundred_thousand / 2
+
+
 def test_a_producer_is_idempotent_and_drops_nothing() -> None:
     config = producer_config(settings(compression="zstd", linger=0.02))
     assert (config["acks"], config["enable.idempotence"], config["message.timeout.ms"]) == ("all", "true", "0")
