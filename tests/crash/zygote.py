@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -53,6 +53,14 @@ class Life:
     def wait(self, seconds: float) -> int | None:
         """Wait for the end; None if it does not come in time."""
         return self.zygote.poll(self.pid, seconds)
+
+    def wait_until(self, holds: Callable[[], bool], seconds: float = 60.0) -> None:
+        """Wait for something that the daemon does; fails if it ends before, or does not do it in time."""
+        deadline = time.monotonic() + seconds
+        while not holds():
+            assert self.ended is None, self.words
+            assert time.monotonic() < deadline, self.words
+            time.sleep(0.02)
 
     def signal(self, number: signal.Signals) -> None:
         if self.ended is None:

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -561,9 +562,9 @@ def test_a_terminated_daemon_drains_and_exits_with_0(project: Path) -> None:
             if '"listening"' in line:
                 break
         while process.poll() is None and not (predictions.exists() and predictions.read_bytes().count(b"\n") >= EVENTS):
-            pass
+            time.sleep(0.02)
         process.send_signal(signal.SIGTERM)
-        _, err = process.communicate(timeout=30)
+        _, err = process.communicate(timeout=60)
     finally:
         process.kill()
         process.wait()
@@ -587,12 +588,9 @@ def test_threads_that_wait_give_up_their_core_unless_told_otherwise(set_to: str 
 
 
 def test_output_that_nobody_reads_to_its_end_is_no_error() -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "engine.cli", "schema"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    process.stdout.close()
-    assert process.stderr is not None
-    assert "Traceback" not in process.stderr.read()
-    process.stderr.close()
-    process.wait(30)
+    nobody, output = os.pipe()
+    os.close(nobody)
+    command = [sys.executable, "-m", "engine.cli", "version"]
+    ended = subprocess.run(command, stdout=output, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    os.close(output)
+    assert (ended.returncode, ended.stderr) == (1, "")

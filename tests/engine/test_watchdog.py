@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +10,7 @@ import pytest
 from engine import watchdog
 from engine.watchdog import EXIT_CODE, LOOKS, Watchdog
 from streams.codec import encode_event
+from tests.crash.zygote import Zygote
 
 POLICY = """\
 version: 1
@@ -85,20 +84,14 @@ def test_a_sign_of_life_between_them_begins_the_count_anew() -> None:
     assert looks(iter(([False] * (LOOKS - 1) + [True]) * 3)) == []
 
 
-def test_a_daemon_whose_model_hangs_writes_its_stacks_and_exits_with_70(tmp_path: Path) -> None:
+def test_a_daemon_whose_model_hangs_writes_its_stacks_and_exits_with_70(zygote: Zygote, tmp_path: Path) -> None:
     (tmp_path / "policy.yaml").write_text(POLICY)
     (tmp_path / "model.py").write_text(HANGS)
     rows = np.zeros((200, 4), np.float32)
     values = [encode_event(f"e{n}", row, time=float(n), form="json") for n, row in enumerate(rows)]
     (tmp_path / "events.jsonl").write_bytes(b"".join(value + b"\n" for value in values))
-    done = subprocess.run(
-        [sys.executable, "-c", f"{QUICK}\nfrom engine.cli import main\nmain()", "run", str(tmp_path / "policy.yaml")],
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
-    assert done.returncode == EXIT_CODE, done.stderr
-    assert '"event": "stuck"' in done.stderr
-    assert "no batch was applied" in done.stderr
-    assert "in forward" in done.stderr
+    daemon = zygote.start(["run", str(tmp_path / "policy.yaml")], {}, tmp_path / "log", before=QUICK)
+    assert daemon.wait(100) == EXIT_CODE, daemon.words
+    assert '"event": "stuck"' in daemon.words
+    assert "no batch was applied" in daemon.words
+    assert "in forward" in daemon.words
