@@ -308,7 +308,7 @@ class JoinStore(Moves):
         oldest = self._waiting.take_oldest(size)
         if self._spill is not None:
             try:
-                self._spill.put(zip(oldest.ids, zip(*oldest.columns[1:], strict=True), strict=True))
+                self._spill.put(oldest)
             except JoinError:
                 self.counts["spill_failed"] += 1
             else:
@@ -350,9 +350,9 @@ class JoinStore(Moves):
 
     def _load(self, kind: _Bytes, payload: _Bytes) -> None:
         if kind == b"D" and self._spill is not None:
-            self._spill.put(unpack_entries(payload))
+            self._spill.put(_waiting(payload))
         elif kind in (b"D", b"W"):
-            self._load_waiting([Waiting(name, *fields) for name, fields in unpack_entries(payload)])
+            self._load_waiting(_waiting(payload))
         elif kind == b"B":
             self._load_waiting(WaitingRows(*unpack_block(payload)))
         elif kind == b"F":
@@ -367,8 +367,8 @@ class JoinStore(Moves):
         else:
             raise JoinError(f"the saved joins have a part {kind!r} that this version does not know")
 
-    def _load_waiting(self, items: Sequence[Waiting]) -> None:
-        if self._waiting.extend(WaitingRows.of(items)):
+    def _load_waiting(self, events: WaitingRows) -> None:
+        if self._waiting.extend(events):
             raise JoinError("the saved joins are damaged: an event waits twice")
         self._keep_bounds()
 
@@ -384,3 +384,7 @@ class JoinStore(Moves):
         if self._spill is not None:
             self._spill.close()
             self._spill = None
+
+
+def _waiting(entries: bytes) -> WaitingRows:
+    return WaitingRows.of([Waiting(name, *fields) for name, fields in unpack_entries(entries)])

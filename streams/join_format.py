@@ -151,16 +151,6 @@ def decode_id(raw: bytes) -> str:
     return raw.decode("utf-8", "surrogatepass")
 
 
-def pack_entry(id: str, fields: Fields) -> bytes:  # noqa: A002 - the field's own word
-    """Return one waiting event in binary form."""
-    inputs, time, group, predicted, step, partition = fields
-    name = encode_id(id)
-    if group is None:
-        return _ENTRY.pack(time, predicted, step, -1, len(name), len(inputs), partition) + name + inputs
-    label = encode_id(group)
-    return _ENTRY.pack(time, predicted, step, len(label), len(name), len(inputs), partition) + name + label + inputs
-
-
 def upgrade(kind: bytes, payload: bytes) -> bytes:
     """Return a payload that version 1 wrote as this one does; its partitions are -1."""
     parts: list[bytes] = []
@@ -219,6 +209,15 @@ def pack_block(
     if label_sizes.size:
         heads["group"][[group is not None for group in groups]] = label_sizes
     return b"".join((_COUNT.pack(len(ids)), heads.tobytes(), names, labels, *inputs))
+
+
+def pack_entries(names: Sequence[bytes], *columns: Sequence[Any]) -> list[bytes]:
+    """Return waiting events, given by ids as bytes and by the other columns, each as an entry."""
+    inputs, times, groups, predicted, steps, partitions = columns
+    labels = [b"" if group is None else encode_id(group) for group in groups]
+    sizes = [-1 if group is None else len(label) for group, label in zip(groups, labels, strict=True)]
+    heads = map(_ENTRY.pack, times, predicted, steps, sizes, map(len, names), map(len, inputs), partitions)
+    return list(map(b"".join, zip(heads, names, labels, inputs, strict=True)))
 
 
 def _texts(texts: Sequence[str]) -> tuple[bytes, np.ndarray[Any, Any]]:

@@ -17,7 +17,7 @@ from typing import Any
 
 from streams.columns import Column, Columns
 from streams.join_format import Fields, Waiting
-from streams.join_size import event_bytes, events_bytes
+from streams.join_size import event_bytes, events_bytes, sizes_of
 
 __all__ = ["Rows", "SharedRows", "WaitingRows"]
 
@@ -38,6 +38,7 @@ class WaitingRows(Columns[Waiting]):
     inputs = Column[bytes](1)
     times = Column[float](2)
     groups = Column[str | None](3)
+    partitions = Column[int](6)
 
     def without(self, rows: Sequence[int]) -> WaitingRows:
         """Return all but some rows, which go up."""
@@ -245,7 +246,7 @@ class Rows:
             key = next(iter(self._blocks))
             block = self._blocks[key]
             events = block.left
-            ends = list(accumulate(map(event_bytes, events.ids, events.inputs, events.groups)))
+            ends = list(accumulate(sizes_of(events.ids, events.inputs, events.groups)))
             count = min(bisect_left(ends, size) + 1, len(ends))
             if count == len(ends):
                 del self._blocks[key]

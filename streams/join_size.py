@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["event_bytes", "events_bytes", "text_bytes"]
+__all__ = ["event_bytes", "events_bytes", "sizes_of", "text_bytes"]
 
 _EVENT_BYTES = 384  # two rows of columns, headers of id and inputs, number, slot of a hash table at its emptiest
 _GROUP_BYTES = 64
@@ -27,3 +27,12 @@ def events_bytes(ids: Sequence[str], inputs: Sequence[bytes], groups: Sequence[s
     size = _EVENT_BYTES * len(ids) + sum(map(len, inputs))
     size += len(names) if names.isascii() else sum(map(text_bytes, ids))
     return size + sum([_GROUP_BYTES + text_bytes(group) for group in groups if group is not None])
+
+
+def sizes_of(ids: Sequence[str], inputs: Sequence[bytes], groups: Sequence[str | None]) -> list[int]:
+    """Return what `event_bytes` gives for each of some events."""
+    if any(groups) or not "".join(ids).isascii():
+        return list(map(event_bytes, ids, inputs, groups))
+    grouped = _EVENT_BYTES + _GROUP_BYTES
+    rows = zip(ids, inputs, groups, strict=True)
+    return [(_EVENT_BYTES if group is None else grouped) + len(name) + len(body) for name, body, group in rows]

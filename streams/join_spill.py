@@ -7,14 +7,18 @@ which they come and mostly leave in that order too, so the pages that they free 
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
-from streams.join_format import Fields, JoinError, encode_id, pack_entry, unpack_entries
+from streams.join_format import Fields, JoinError, encode_id, pack_entries, unpack_entries
+from streams.join_rows import WaitingRows
 
 __all__ = ["Row", "Spill", "row_bytes"]
+
+T = TypeVar("T")
 
 FILE_NAME = "joins.sqlite"
 _PAGE = 16384  # five rows of 3 KB a page: little waste, and a removal rewrites little
@@ -31,10 +35,13 @@ CREATE TABLE waiting (
 CREATE UNIQUE INDEX by_id ON waiting (id);
 CREATE INDEX by_time ON waiting (time);
 """
-_SIZES = (1, 8, 64, 512)
-# Lists of parameters come in four lengths, so that every statement is compiled once.
+_SIZES = (1, 8, 64, 256, 512)
+# Lists of parameters come in few lengths, so that every statement is compiled once. They hold much, as the interpreter
+# is given away for every step of a statement, and who then has it keeps it for milliseconds.
 _BY_IDS = {n: f"SELECT seq, cost, entry FROM waiting WHERE id IN ({','.join('?' * n)})" for n in _SIZES}  # noqa: S608
 _HAS_IDS = {n: f"SELECT id FROM waiting WHERE id IN ({','.join('?' * n)})" for n in _SIZES}  # noqa: S608
+_INSERT = {n: f"INSERT INTO waiting VALUES {','.join(['(?, ?, ?, ?, ?, ?)'] * n)}" for n in _SIZES}  # noqa: S608
+_DELETE = {n: f"DELETE FROM waiting WHERE seq IN ({','.join('?' * n)})" for n in _SIZES}  # noqa: S608
 
 
 class Row(NamedTuple):
@@ -58,6 +65,15 @@ def row_bytes(id_size: int, entry_size: int) -> int:
     else:
         share = _LOCAL_LEAST - (_LOCAL_LEAST - size) // (_PAGE - 4) * _PAGE
     return (share + id_size + 32) * 3 // 2
+
+
+def _parts(rows: Sequence[T]) -> Iterator[Sequence[T]]:
+    """Yield rows in parts of the lengths that there are statements for."""
+    at = 0
+    while at < len(rows):
+        size = next(size for size in reversed(_SIZES) if size <= len(rows) - at)
+        yield rows[at : at + size]
+        at += size
 
 
 class Spill:
@@ -102,24 +118,22 @@ class Spill:
     def _failed(self, done: str, error: Exception) -> JoinError:
         return JoinError(f"waiting joins cannot be {done} in {self.path}: {error}; check the disk it is on")
 
-    def put(self, entries: Iterable[tuple[str, Fields]]) -> None:
+    def put(self, events: WaitingRows) -> None:
         """Append events, in order and all or none."""
-        rows = []
-        total, seq = 0, self._next
-        for name, fields in entries:
-            entry, key = pack_entry(name, fields), encode_id(name)
-            cost = row_bytes(len(key), len(entry))
-            rows.append((seq, key, fields[1], cost, fields[5], entry))
-            total += cost
-            seq += 1
+        keys = list(map(encode_id, events.ids))
+        entries = pack_entries(keys, *events.columns[1:])
+        costs = list(map(row_bytes, map(len, keys), map(len, entries)))
+        numbers = range(self._next, self._next + len(keys))
+        rows = list(zip(numbers, keys, events.times, costs, events.partitions, entries, strict=True))
         try:
             with _Transaction(self._connection):
-                self._connection.executemany("INSERT INTO waiting VALUES (?, ?, ?, ?, ?, ?)", rows)
+                for part in _parts(rows):
+                    self._connection.execute(_INSERT[len(part)], list(chain.from_iterable(part)))
         except sqlite3.Error as error:
             raise self._failed("kept", error) from error
         self.count += len(rows)
-        self.bytes += total
-        self._next = seq
+        self.bytes += sum(costs)
+        self._next = numbers.stop
 
     def find(self, ids: Sequence[str]) -> dict[str, Row]:
         """Return the rows of those ids that wait here."""
@@ -148,7 +162,8 @@ class Spill:
         """Remove rows, given as ``(seq, cost)``."""
         try:
             with _Transaction(self._connection):
-                self._connection.executemany("DELETE FROM waiting WHERE seq = ?", [(seq,) for seq, _ in rows])
+                for part in _parts(rows):
+                    self._connection.execute(_DELETE[len(part)], [seq for seq, _ in part])
         except sqlite3.Error as error:
             raise self._failed("removed", error) from error
         self.count -= len(rows)
