@@ -13,7 +13,8 @@ Quix Streams and Bytewax. The loops neither join nor journal nor checkpoint nor 
 and commit offsets without waiting for their answers; adaptd does all of that, with one event in a hundred labelled and
 a checkpoint every five seconds, in batches of up to 512, as the loops poll, or of what 5 ms bring. The loops parse JSON
 with the standard library; adaptd and Quix Streams with orjson. Part ``costs`` takes away, or adds, one thing at a time.
-Part ``latency`` writes records at half of each rate and compares the broker's stamps of record and answer.
+Part ``latency`` writes records at half of each of adaptd's rates (or at ``--rate``), for adaptd and then for the bare
+loop with its client, and compares the broker's stamps of record and answer.
 
 Quix Streams and Bytewax need an interpreter that has them: ``--peers``. What is missing is skipped, and the result
 says why.
@@ -152,11 +153,11 @@ class Bench:
         policy = self.policy(client, form, self.data[form], answers, changes or {})
         return [sys.executable, "-m", "benchmarks.kafka_daemon", str(policy)]
 
-    def loop(self, name: str, form: str, answers: str) -> list[str]:
-        """The command of a loop on the backlog."""
+    def loop(self, name: str, form: str, answers: str, data: str | None = None) -> list[str]:
+        """The command of a loop, on the backlog unless another topic is named."""
         python = self.options.peers if name in PEERS else sys.executable
         script = Path(__file__).with_name("kafka_loops.py")
-        return [python, "-P", str(script), name, self.arena.bootstrap, self.data[form], answers, form]
+        return [python, "-P", str(script), name, self.arena.bootstrap, data or self.data[form], answers, form]
 
     def turn(self, name: str, form: str, changes: Mapping[str, str] | None = None) -> Turn:
         """Run a contestant to the end of the backlog."""
@@ -293,11 +294,10 @@ def measure(bench: Bench) -> dict[str, Any]:
         client = "confluent" if "adaptd/confluent" in names else "kafka_python"
         results["costs"] = {"client": client} | {form: costs(bench, client, form) for form in options.forms}
     if "latency" in options.parts:
+        chosen = [(form, name) for form in options.forms for name in names if name.startswith("adaptd/")]
         results["latency"] = {
-            f"{name} {form}": latency(bench, name, form, found[form][name]["records_per_second"] / 2)
-            for form in found
-            for name in names
-            if name.startswith("adaptd/")
+            f"{name} {form}": latency(bench, name, form, options.rate or found[form][name]["records_per_second"] / 2)
+            for form, name in chosen
         }
     return results | {"stood_still": bench.stood_still}
 
@@ -308,6 +308,7 @@ def main() -> None:
     made.add_argument("--records", type=int)
     made.add_argument("--repeats", type=int)
     made.add_argument("--seconds", type=float, help="length of a run of the part latency")
+    made.add_argument("--rate", type=float, help="records a second of the part latency, where rates are not measured")
     made.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))
     made.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     made.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
@@ -316,6 +317,8 @@ def main() -> None:
     options.records = options.records or (10_000 if options.quick else 150_000)
     options.repeats = options.repeats or (1 if options.quick else 3)
     options.seconds = options.seconds or (4.0 if options.quick else 15.0)
+    if "latency" in options.parts and "rates" not in options.parts and not options.rate:
+        made.error("the part latency goes by half of each rate: add the part rates, or give --rate")
     report = Report("kafka", options)
     try:
         with tempfile.TemporaryDirectory() as name, arena() as running_arena:
