@@ -73,6 +73,7 @@ class Keeper:
         self.journal = journal
         self.stopping = threading.Event()
         """Set to wait for the disk no longer, and to write without rests."""
+        store.pause = self.stopping.wait
         self.trouble = ""
         """What keeps the journal from being written, in words; empty while nothing does."""
         self._digest = digest

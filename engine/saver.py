@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import anyio
@@ -37,12 +38,25 @@ class Saver:
         self.saved_at: float | None = None
         self.next = 0.0
         self.under_way: anyio.Event | None = None
+        self._synced: anyio.Event | None = None
 
     @property
     def due(self) -> bool:
-        """Whether something has changed for long enough."""
+        """Whether something has changed for long enough, and what the journal held when that was found is synced.
+
+        The copy of the state syncs it as well, but serving waits for that one.
+        """
         keeper = self._daemon.runner.keeper
-        return keeper.sequence != keeper.saved_step and CLOCK.monotonic() >= self.next
+        if keeper.sequence == keeper.saved_step or CLOCK.monotonic() < self.next or self.under_way is not None:
+            return False
+        if self._synced is None:
+            self._synced = anyio.Event()
+            self._daemon.beside(self._sync, keeper.journal.ahead(), self._synced)
+        return self._synced.is_set()
+
+    async def _sync(self, sync: Callable[[], None], synced: anyio.Event) -> None:
+        await self._daemon.in_thread(sync)
+        synced.set()
 
     async def save(self, *, wait: bool = False) -> None:
         """Copy the state now and write it beside serving, once everything it covers has been answered.
@@ -62,6 +76,7 @@ class Saver:
         self.next = CLOCK.monotonic() + self.every
         if keeper.sequence == keeper.saved_step:
             return
+        self._synced = None
         snapshot = await daemon.on_model(daemon.runner.snapshot)
         self.under_way = done = anyio.Event()
         daemon.beside(self._write, snapshot, done)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import re
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -34,6 +34,7 @@ from streams.journal_format import (
     runs_of,
     unpack_entry,
 )
+from streams.journal_sync import sync_ahead
 from streams.seams import failpoint
 
 __all__ = ["Entry", "Journal", "JournalError", "JournalUnavailableError", "Kind", "Run", "runs_of"]
@@ -73,6 +74,7 @@ class Journal:
         self._size = 0
         self._next: int | None = None
         self._is_new = False
+        self._lost: list[OSError] = []
 
     @property
     def next_sequence(self) -> int | None:
@@ -164,6 +166,8 @@ class Journal:
         if self._descriptor is None:
             return
         try:
+            if self._lost:
+                raise self._lost[0]
             os.fdatasync(self._descriptor)
             if self._is_new:
                 _sync_directory(self._directory)
@@ -172,6 +176,10 @@ class Journal:
             path = self._path(self._step)
             raise JournalError(f"{path} cannot be synced: {error}; the journal is closed") from error
         self._is_new = False
+
+    def ahead(self) -> Callable[[], None]:
+        """Return what another thread may call to sync the entries so far, so that `start` has little to wait for."""
+        return sync_ahead(self._descriptor, self._lost)
 
     def read(self, step: int, *, after: int | None = None) -> Iterator[Entry]:
         """Yield the entries of the segments from a step on, in order; the torn end of the last one is cut off.

@@ -21,6 +21,7 @@ from engine.checkpoint.state import unflatten
 from engine.checkpoint.strict import Json, dumps, loads
 from engine.checkpoint.tensors import read_tensors
 from policies.interfaces import State
+from streams.pace import Pace
 from streams.seams import failpoint
 
 MANIFEST = "MANIFEST"
@@ -239,15 +240,20 @@ def read_manifest(disk: Disk, folder: Path) -> Manifest:
     return manifest
 
 
-def verify_folder(disk: Disk, folder: Path) -> Manifest:
+def verify_folder(disk: Disk, folder: Path, pause: Callable[[float], object] | None = None) -> Manifest:
     """Prove that ``folder`` holds exactly the files of its manifest, each of its length and hash.
+
+    Args:
+        disk: Where it lies.
+        folder: What to prove.
+        pause: How to rest on the way; see `Pace`.
 
     Raises:
         BadCheckpointError: It does not; the message says what is wrong.
         NewerFormatError: A later version wrote it.
         OSError: It could not be read for a reason that lies outside the checkpoint.
     """
-    manifest = read_manifest(disk, folder)
+    manifest, pace = read_manifest(disk, folder), Pace(pause)
     with _damage(folder.name):
         present = set(disk.listdir(folder)) - {MANIFEST}
     _compare(manifest.files.keys() - present, "is missing")
@@ -256,7 +262,7 @@ def verify_folder(disk: Disk, folder: Path) -> Manifest:
         with _damage(name):
             _expect(disk, folder / name, "file")
             with disk.open(folder / name) as file:
-                _verify_file(name, file, entry)
+                _verify_file(name, file, entry, pace)
     return manifest
 
 
@@ -287,7 +293,7 @@ def name_of(step: int) -> str:
     return f"ckpt-{step:012d}"
 
 
-def _verify_file(name: str, file: BinaryIO, entry: FileEntry) -> None:
+def _verify_file(name: str, file: BinaryIO, entry: FileEntry, pace: Pace) -> None:
     length = file.seek(0, os.SEEK_END)
     if length != entry.bytes:
         raise BadCheckpointError(f"{name} has {length} bytes, {entry.bytes} were written")
@@ -295,6 +301,7 @@ def _verify_file(name: str, file: BinaryIO, entry: FileEntry) -> None:
     found = hashlib.blake2b(digest_size=32)
     while chunk := file.read(CHUNK):
         found.update(chunk)
+        pace.rest()
     if found.hexdigest() != entry.blake2b:
         raise BadCheckpointError(f"{name} is damaged: its hash differs from that in MANIFEST")
 

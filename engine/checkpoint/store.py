@@ -90,6 +90,7 @@ class CheckpointStore:
         self._verified: set[int] = set()
         self._last_bytes = 0
         self._epoch = 1
+        self.pause: Callable[[float], object] | None = None  # how a save rests while it reads back: `streams.pace`
         self.covered: Any = []
         """The positions in the newest checkpoint that was saved or loaded, as its meta has them."""
         self._layout = Layout(self._disk, directory)
@@ -314,7 +315,7 @@ class CheckpointStore:
             manifest = write_folder(self._disk, temporary, files, finish)
             self._disk.rename(temporary, folder)
             self._disk.sync_dir(self.directory)
-            verify_folder(self._disk, folder)
+            verify_folder(self._disk, folder, self.pause)
         except BadCheckpointError as error:
             self._give_up(step, temporary)
             raise StorageError(f"checkpoint {step} in {self.directory} reads back damaged: {error}") from error

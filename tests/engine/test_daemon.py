@@ -3,7 +3,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import anyio
@@ -220,6 +220,35 @@ async def test_a_checkpoint_that_is_due_waits_for_the_background_job(
 
         await run(daemon, watch)
         assert daemon.core.counts["updates.learning"] == 1
+
+
+async def test_serving_goes_on_while_the_journal_is_synced_for_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release, began = threading.Event(), threading.Event()
+
+    def ahead(_: Journal) -> Callable[[], None]:
+        def sync() -> None:
+            began.set()
+            assert release.wait(10)
+
+        return sync
+
+    monkeypatch.setattr(Journal, "ahead", ahead)
+    source = memory(4, bounded=False)
+    with daemon_on(tmp_path, source, every=0.0) as daemon:
+
+        async def watch(daemon: Daemon) -> None:
+            await until(began.is_set)
+            before = steps(tmp_path)
+            fill(source, 4, 8)
+            await until(lambda: daemon.core.counts["events"] == 12)
+            assert steps(tmp_path) == before
+            release.set()
+            await until(lambda: steps(tmp_path) != before)
+            daemon.stop()
+
+        await run(daemon, watch)
 
 
 async def test_serving_goes_on_when_a_checkpoint_fails_and_the_failure_is_counted(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -302,6 +303,39 @@ def test_failed_sync_closes_the_journal(journal: Journal, monkeypatch: pytest.Mo
         journal.sync()
     with pytest.raises(JournalError, match="is closed"):
         journal.append(entry(2))
+
+
+def test_entries_are_synced_ahead_on_another_thread_even_where_the_file_is_closed(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(journal, 0, 0, 2)
+    synced: list[str] = []
+    monkeypatch.setattr(os, "fdatasync", lambda descriptor: synced.append(os.readlink(f"/proc/self/fd/{descriptor}")))
+    open_files = len(os.listdir("/proc/self/fd"))
+    sync = journal.ahead()
+    journal.close()
+    thread = threading.Thread(target=sync)
+    thread.start()
+    thread.join()
+    assert [Path(name).name for name in synced] == ["journal-000000000000.log"]
+    assert len(os.listdir("/proc/self/fd")) == open_files - 1
+    journal.ahead()()
+    assert len(synced) == 1, "nothing is open"
+
+
+def test_an_error_of_syncing_ahead_is_told_by_the_sync_that_follows(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(journal, 0, 0, 2)
+
+    def fail(_: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fdatasync", fail)
+        journal.ahead()()
+    with pytest.raises(JournalError, match=r"cannot be synced: .*Input/output error; the journal is closed"):
+        journal.start(5)
 
 
 def test_segment_is_synced_before_the_next_begins(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
