@@ -17,6 +17,7 @@ NAMES = (
     "rotta",
     "tta",
     "tta_labels",
+    "label_free",
     "join_memory",
     "flat_memory",
     "kafka",

@@ -157,7 +157,9 @@ class Families:
             "sample_weight_ess_ratio", "Effective sample size of the last learning step, by its rows", unknown=True
         )
         self.loss = self._gauge("learning_loss", "Mean loss of the last learning step, unweighted", unknown=True)
-        self.method_value = self._gauge("method_value", "Numbers that methods want watched", "method", "name")
+        self.method_value = self._gauge(
+            "method_value", "Numbers that methods want watched; NaN where one is not known", "method", "name"
+        )
 
     def _declare_quality(self) -> None:
         self.entropy = Summary("adaptd_entropy_nats", "Mean entropy of the answers of a batch", registry=self.registry)

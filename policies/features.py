@@ -56,15 +56,26 @@ class Features:
             raise PolicyError(
                 f"adaptation '{self._user}' got {len(features)} rows of features for {rows} rows of logits"
             )
-        if features.dim() > 2 and isinstance(self.head, nn.Linear):
-            return features.flatten(1, -2).mean(1)
-        return features.flatten(1)
+        return pooled(features, self.head)
 
     def remove(self) -> None:
         """Remove the hook."""
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
+
+
+def pooled(features: Tensor, head: nn.Module | None) -> Tensor:
+    """One row of features ``(B, d)`` for each row; of several positions that a linear layer takes, their mean."""
+    if features.dim() > 2 and isinstance(head, nn.Linear):
+        return features.flatten(1, -2).mean(1)
+    return features.flatten(1)
+
+
+def found_linear_head(model: nn.Module, num_classes: int) -> nn.Linear | None:
+    """The classifier, where it is a linear layer with K outputs; else None."""
+    head = _classifier(model, "", num_classes, "")
+    return head if isinstance(head, nn.Linear) and head.out_features == num_classes else None
 
 
 def _classifier(model: nn.Module, layer: str, num_classes: int, user: str) -> nn.Module | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,7 @@ from policies.detectors import (
     Kswin,
     PageHinkley,
     autocorrelation,
+    disagreement,
     effective_classes,
     entropy_ratio,
     neighbour_distances,
@@ -21,6 +24,7 @@ from policies.detectors import (
 )
 from policies.features import Features
 from policies.interfaces import Context, PolicyError, State
+from policies.label_free import LabelFreeError
 
 SMOOTHING = 0.3
 """Share of a new window in the imbalance of late."""
@@ -62,6 +66,7 @@ class StreamView:
         feature_distance: How far features have moved from the reference.
         moved: Whether features had moved when the last window was looked at.
         steady: Windows since features moved, or since the start.
+        estimate: Of the error of the model's answers.
         gauges: The last measures by name.
     """
 
@@ -69,6 +74,7 @@ class StreamView:
         self._params, self._classes = params, context.num_classes
         self._features = _features(context) if own else None
         self._series: dict[str, PageHinkley | Adwin | Kswin] = {}
+        self.estimate = LabelFreeError(context, params.window)
         self.reset()
 
     def reset(self) -> None:
@@ -84,11 +90,15 @@ class StreamView:
         self._shift: FeatureShift | None = None
         self._series = {"entropy_rises": PageHinkley(), "entropy_cuts": Adwin(), "entropy_shifts": Kswin()}
         self._near = self._apart = 0.0
+        self.estimate.reset()
+        self._with_source, self._differing = 0, 0.0
+        self._disagreement: float | None = None
         self._probabilities: list[Tensor] = []
         self._answers: list[Tensor] = []
         self._inputs: list[Tensor] = []
         self.gauges: dict[str, float] = {"imbalance": 1.0, "bunching": 0.0, "likeness": 0.0, "feature_distance": 0.0}
         self.gauges |= dict.fromkeys(self._series, 0.0)
+        self._show_errors()
 
     def compare_anew(self) -> None:
         """Measure the bunching over windows from now on alone."""
@@ -120,8 +130,13 @@ class StreamView:
         """Whether there is a window to look at."""
         return sum(map(len, self._answers)) >= self._params.window
 
+    def begin(self) -> None:
+        """The next forward is the one that answers a batch."""
+        self.estimate.begin()
+
     def add(self, probabilities: Tensor, classes: Tensor, inputs: Tensor, features: Tensor | None) -> None:
         """Take in the model's probabilities ``(B, K)``, the classes ``(B,)`` that were answered, and any features."""
+        self.estimate.add(probabilities)
         self._probabilities.append(probabilities.float().cpu())
         self._answers.append(classes.cpu())
         values = inputs.flatten(1)
@@ -132,15 +147,38 @@ class StreamView:
             self._shift = self._shift or self._new_shift(features.shape[1])
             self._shift.add(features)
 
+    def compare(self, answered: Tensor, source: Tensor) -> None:
+        """Take in what rows were answered with, and what by the source model, logits ``(n, K)`` both."""
+        if answered is not source:
+            good = source.isfinite().all(1)
+            answered, source = answered[good], source[good]
+            self._differing += len(source) * disagreement(answered, source)
+        self._with_source += len(source)
+
+    def _see_disagreement(self) -> None:
+        if self._with_source:
+            self._disagreement = self._differing / self._with_source
+        self._with_source, self._differing = 0, 0.0
+
+    def _show_errors(self) -> None:
+        """What is known of errors; NaN where nothing is."""
+        differing = math.nan if self._disagreement is None else self._disagreement
+        self.gauges |= self.estimate.gauges | {"disagreement": differing}
+
     def _new_shift(self, width: int) -> FeatureShift:
         return FeatureShift(width, reference=self._params.reference, memory=self._params.reference // 2)
 
-    def look(self, frequencies: Array) -> None:
-        """Measure the window, against long-run frequencies ``(K,)`` of classes, and start the next."""
+    def look(self, frequencies: Array, *, usual: bool = True) -> None:
+        """Measure the window, and start the next.
+
+        Args:
+            frequencies: Of classes in the long run ``(K,)``.
+            usual: Whether the model answers as the source model does.
+        """
         probabilities, classes, inputs = map(torch.cat, (self._probabilities, self._answers, self._inputs))
         self._probabilities, self._answers, self._inputs = [], [], []
-        usual = torch.from_numpy(frequencies)
-        excess = simpson_excess(classes, usual)
+        long_run = torch.from_numpy(frequencies)
+        excess = simpson_excess(classes, long_run)
         self._windows += 1
         share = max(SMOOTHING, 1 / self._windows)
         self.imbalance += share * (min(max(excess, 0.0), 1.0) - self.imbalance)
@@ -148,6 +186,10 @@ class StreamView:
         near, apart = neighbour_distances(inputs, classes)
         self._near, self._apart = REMEMBERED * self._near + near, REMEMBERED * self._apart + apart
         self._compare(torch.bincount(classes, minlength=self._classes).double())
+        rho = autocorrelation(classes, long_run)
+        correlated = self.imbalance >= self._params.imbalance or rho >= self._params.persistence
+        self.estimate.look(correlated=correlated, usual=usual)
+        self._see_disagreement()
         self.entropy = entropy = entropy_ratio(probabilities)
         for detector in self._series.values():
             detector.add(entropy)
@@ -159,8 +201,9 @@ class StreamView:
             "feature_distance": self.feature_distance,
             "effective_classes": effective_classes(probabilities),
             "entropy_ratio": entropy,
-            "autocorrelation": autocorrelation(classes, usual),
+            "autocorrelation": rho,
         }
+        self._show_errors()
 
     def _see_features(self) -> None:
         """Measure how far features have moved; features from elsewhere get a new reference where they have."""
@@ -188,6 +231,7 @@ class StreamView:
 
     def detach(self) -> None:
         """Remove hooks."""
+        self.estimate.detach()
         if self._features is not None:
             self._features.remove()
 
@@ -206,6 +250,8 @@ class StreamView:
             "probabilities": list(self._probabilities),
             "answers": list(self._answers),
             "inputs": list(self._inputs),
+            "estimate": self.estimate.state_dict(),
+            "disagreement": [self._disagreement, self._differing, self._with_source],
         }
 
     def load_state_dict(self, state: State) -> None:
@@ -226,6 +272,12 @@ class StreamView:
         self._answers = [part.clone() for part in state["answers"]]
         self._inputs = [part.clone() for part in state["inputs"]]
         self._near, self._apart = map(float, state["distances"])
+        if "estimate" in state:  # came later than the others
+            self.estimate.load_state_dict(state["estimate"])
+            self._disagreement, self._differing, self._with_source = state["disagreement"]
+        else:
+            self.estimate.reset()
+        self._show_errors()
 
 
 def _features(context: Context) -> Features | None:

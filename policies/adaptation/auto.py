@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 
 import torch
@@ -49,7 +50,8 @@ class Auto(Adaptation):
 
     The floor: once steps have been made, a sample of rows is answered by the source model too. Where the live model has
     collapsed beside it (`policies.safeguards.collapse`), everything returns to the source model for ``rest`` windows,
-    twice as long each time.
+    twice as long each time; and so it does where, while adapting and no labels come, the accuracy estimated without any
+    (`policies.label_free`) is next to guessing or half of the source model's on this stream, ``patience`` times.
 
     Shapes: inputs ``(B, *shape)`` to logits ``(B, K)``; where answers are corrected, the logarithms of posteriors.
 
@@ -60,9 +62,9 @@ class Auto(Adaptation):
     without finite logits are left out of it. Models without BatchNorm have no statistics to try: they count as adapting
     while their features have moved from those of the first rows. Models without any normalisation layer take no steps.
 
-    Cost: one forward, and one of 32 rows for a probe. While adapting, two sums over each BatchNorm layer's input, one
-    more forward for one batch in 16 (two more once steps were made), and one backward for each step. While labels
-    arrive, one row in eight goes through twice.
+    Cost: one forward, one of 32 rows for a probe, and of 64 rows a window eleven passes through the classifier. While
+    adapting, two sums over each BatchNorm layer's input, one more forward for one batch in 16 (two more once steps were
+    made), and one backward for each step. While labels arrive, one row in eight goes through twice.
     """
 
     name = "auto"
@@ -124,15 +126,17 @@ class Auto(Adaptation):
     def _adapt(self, batch: Batch) -> Tensor:
         inputs = fastest(batch.inputs)
         self._batches += 1
+        self._view.begin()
+        other: Tensor | None = None
         share = self._view.share(len(batch)) if self._adapting and not self._mixed.on else 0.0
         tried = self._adapting and len(self._statistics) > 0 and self._trials.due(len(batch))
         if tried:
-            logits = self._try(batch.ids, inputs, share)
+            logits, other = self._try(batch.ids, inputs, share)
         elif self._step_due(share):
             logits = self._passes.for_step(inputs, share)
         else:
             logits = self._plain(inputs, share)
-        answer = self._answer(batch, inputs, logits.detach())
+        answer = self._answer(batch, inputs, logits.detach(), other)
         if not tried and not self._passes.waiting:  # or its graph would be lost
             self._try_some(batch.ids, inputs, logits)
         self._hindsight.answered(len(batch))
@@ -177,8 +181,8 @@ class Auto(Adaptation):
         self._probe.see(answered[good], other[good])
         self._hindsight.compare(ids, other, answered)
 
-    def _try(self, ids: Sequence[str], inputs: Tensor, share: float) -> Tensor:
-        """Logits as in `_plain`; and a trial of the source model's statistics on the same rows.
+    def _try(self, ids: Sequence[str], inputs: Tensor, share: float) -> tuple[Tensor, Tensor]:
+        """Logits as in `_plain`; and those of a trial of the source model's statistics on the same rows.
 
         Steps make answers surer wherever they lead, so both sides of the trial have the weights of before any step.
         """
@@ -190,7 +194,7 @@ class Auto(Adaptation):
         if bool(good.any()):
             self._trials.see(ours[good], other[good])
         self._hindsight.compare(ids, logits, other)
-        return logits
+        return logits, other
 
     def _try_for_labels(self, ids: Sequence[str], inputs: Tensor, answered: Tensor) -> None:
         """Answer rows the other way too, while labels arrive that can tell which of both is right."""
@@ -204,8 +208,8 @@ class Auto(Adaptation):
             self._hindsight.compare(ids, other, answered)
 
     @torch.no_grad()
-    def _answer(self, batch: Batch, inputs: Tensor, logits: Tensor) -> Tensor:
-        """The logits to answer with; what the rows tell is kept for `update`."""
+    def _answer(self, batch: Batch, inputs: Tensor, logits: Tensor, source: Tensor | None) -> Tensor:
+        """The logits to answer with; what the rows tell, by the source model too if known, is kept for `update`."""
         good = logits.isfinite().all(1)
         safe = logits if bool(good.all()) else torch.where(good[:, None], logits, torch.zeros_like(logits))
         probabilities = safe.softmax(1)
@@ -217,6 +221,10 @@ class Auto(Adaptation):
         classes = safe.argmax(1)
         self._view.add(probabilities, classes, inputs, self._statistics.shallow(len(classes)))
         self._statistics.take(classes)
+        if source is not None:
+            self._view.compare(safe[good], source[good])
+        elif not self._adapting:
+            self._view.compare(safe, logits)
         if self._passes.stepped:
             self._fallen |= self._floor.verdict(batch, logits) is Verdict.RESET
         return torch.where(good[:, None], safe, logits)
@@ -225,7 +233,7 @@ class Auto(Adaptation):
         """Step where one is due, learn statistics, and look at the stream once a window is full."""
         outcome = self._passes.step() if self._passes.waiting else None
         if self._fallen:
-            self._fall()
+            self._fall("the live one has collapsed")
         slowness = self._view.slowness if self._adapting or self._shadowing else 1.0
         if self._statistics.learn(slowness, EVERY if self._shadowing else 1):
             self._probe.measured()
@@ -239,7 +247,7 @@ class Auto(Adaptation):
 
     def _look(self) -> None:
         """Look at the window just full, and change what is to change."""
-        self._view.look(self._chain.frequencies)
+        self._view.look(self._chain.frequencies, usual=not self._adapting)
         self._rest = max(0, self._rest - 1)
         if self._hindsight.window_passed() and not self._moved.on:
             self._statistics.reset()  # no labels come any more that they could be judged by
@@ -247,6 +255,9 @@ class Auto(Adaptation):
         self._imbalanced.see(self._view.imbalance)
         self._see_adapting()
         self._see_bunching()
+        useless = self._adapting and self._view.estimate.low >= self.params.patience
+        if useless and not self._hindsight.arriving:
+            self._fall(f"the error of answers is estimated at {self._view.gauges['estimated_error']:.3g}")
         self._publish()
 
     def _see_chain(self) -> None:
@@ -315,10 +326,10 @@ class Auto(Adaptation):
         self._statistics.reset()
         self._statistics.write(source=True)
 
-    def _fall(self) -> None:
+    def _fall(self, why: str) -> None:
         """Return to the source model, and stay there for a while."""
         falls = self._falls + 1
-        _log.warning("adaptation 'auto': back to the source model, the live one has collapsed (%d times now)", falls)
+        _log.warning("adaptation 'auto': back to the source model, as %s (fall %d)", why, falls)
         counts = {name: switch.changes for name, switch in self._switches.items()}
         self.reset()
         for name, switch in self._switches.items():
@@ -330,6 +341,8 @@ class Auto(Adaptation):
     def _publish(self) -> None:
         self.gauges |= {name: float(switch.on) for name, switch in self._switches.items()}
         self.gauges |= self._view.gauges | self._floor.gauges | self._hindsight.gauges
+        if self._adapting and not len(self._statistics):  # no trials are made; the floor compares some rows
+            self.gauges["disagreement"] = 1 - self._floor.gauges.get("agreement", math.nan)
         self.gauges |= {
             "changes": sum(switch.changes for switch in self._switches.values()) + self._falls,
             "resting": self._rest,

@@ -38,7 +38,8 @@ class PerGroup(Adaptation):
 
     Deviations: a method that changes parameters is refused, as these are shared by all groups. Of more than ``groups``
     groups, those unused for longest are forgotten, and start from the source model if they come again. Buffers of the
-    live model stay as they are, so a release holds no group's statistics. Gauges are means over the groups held.
+    live model stay as they are, so a release holds no group's statistics. Gauges are means over the groups that
+    show them.
 
     Cost: that of the method, in as many forwards a batch as it has groups.
 
@@ -100,6 +101,7 @@ class PerGroup(Adaptation):
         self._due: dict[str | None, None] = {}
         self._shown: dict[str | None, dict[str, int]] = {}
         self._sums: Counter[str] = Counter()
+        self._showing: Counter[str] = Counter()
         self.gauges = {"groups": 0, "evictions": 0}
 
     def _make(self) -> Adaptation:
@@ -151,15 +153,17 @@ class PerGroup(Adaptation):
         for group in groups:
             if group in self._held:
                 self._show(group, self._held[group].gauges)
-        count = len(self._held)
-        means = {name: self._sums[name] * _UNIT / count for name in sorted(self._sums)}
-        self.gauges = means | {"groups": count, "evictions": self.gauges["evictions"]}
+        means = {name: self._sums[name] * _UNIT / count for name, count in sorted(self._showing.items()) if count}
+        self.gauges = means | {"groups": len(self._held), "evictions": self.gauges["evictions"]}
 
     def _show(self, group: str | None, gauges: Mapping[str, float]) -> None:
         """Put what a group shows now in the place of what it has shown; what is no number is left out."""
         now = {name: round(value / _UNIT) for name, value in gauges.items() if math.isfinite(value / _UNIT)}
+        before = self._shown.pop(group, {})
         self._sums.update(now)
-        self._sums.subtract(self._shown.pop(group, {}))
+        self._sums.subtract(before)
+        self._showing.update(now.keys())
+        self._showing.subtract(before.keys())
         if now:
             self._shown[group] = now
 

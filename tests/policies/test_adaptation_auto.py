@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
@@ -218,6 +219,55 @@ def test_a_collapsed_model_goes_back_to_the_source_and_rests(
     assert method.gauges["falls"] == 1
     assert method.gauges["resting"] == 5
     assert same_weights(weights_of(method.context.model), weights_of(source))
+
+
+def changed_to_one_class(model: nn.Module) -> None:
+    """Move what the head takes in towards class 1."""
+    own = dict(model.named_parameters())
+    with torch.no_grad():
+        own["1.weight"].mul_(0.3)
+        own["1.bias"].add_(own["3.weight"][1].sign())
+
+
+def test_answers_estimated_to_be_of_no_use_end_adapting(source: nn.Module, caplog: pytest.LogCaptureFixture) -> None:
+    method = auto(source, every=0)
+    errors(method, stream(20, 1.2, 0))
+    assert method.gauges["adapting"]
+    assert method.gauges["falls"] == 0
+    assert method.gauges["disagreement"] > 0.2
+    assert method.gauges["estimated_error"] < 0.2
+    changed_to_one_class(method.context.model)
+    with caplog.at_level(logging.WARNING, logger="policies"):
+        errors(method, stream(12, 1.2, 0, seed=2))
+    assert method.gauges["falls"] == 1
+    assert method.gauges["resting"] > 0
+    assert same_weights(weights_of(method.context.model), weights_of(source))
+    assert ["estimated at" in record.message for record in caplog.records] == [True]
+
+
+def test_while_labels_arrive_they_judge_and_the_estimate_does_not(source: nn.Module) -> None:
+    method = auto(source, every=0)
+    errors(method, stream(20, 1.2, 0))
+    changed_to_one_class(method.context.model)
+    method.labelled(["nobody"], [0], [None])
+    errors(method, stream(12, 1.2, 0, seed=2))
+    assert method.gauges["falls"] == 0
+    assert method.gauges["estimated_error"] > 0.6
+
+
+def test_a_state_from_before_there_was_an_estimate_goes_on(source: nn.Module) -> None:
+    one, two = auto(source), auto(source)
+    errors(one, stream(20, 1.2, 0))
+    state = carried(one.state_dict())
+    del state["parts"]["view"]["estimate"], state["parts"]["view"]["disagreement"]
+    two.context.model.load_state_dict(carried(one.context.model.state_dict()))
+    two.load_state_dict(state)
+    assert math.isnan(two.gauges["estimated_error"])
+    for batch, _ in stream(10, 1.2, 0, seed=2):
+        assert torch.equal(one.adapt(batch), two.adapt(batch))
+        one.update()
+        two.update()
+    assert two.gauges["estimated_error"] == pytest.approx(one.gauges["estimated_error"], abs=0.1)
 
 
 @pytest.mark.parametrize("cut", [10, 31])

@@ -94,7 +94,7 @@ def test_what_a_group_shows_is_looked_at_when_it_has_a_batch_and_what_is_no_numb
     for name, value in (("tenant-1", 10.0), ("tenant-2", 100.0)):
         held(method)[name].gauges = {"shown": value, "strange": strange}
     drive(method, [one])
-    assert method.gauges["shown"] == 5.0
+    assert method.gauges["shown"] == 10.0
     drive(method, [two])
     assert method.gauges["shown"] == 55.0
     assert "strange" not in method.gauges
