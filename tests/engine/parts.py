@@ -117,7 +117,7 @@ def daemon_on(
 
 async def run(daemon: Daemon, beside: Callable[[Daemon], object] | None = None) -> None:
     """Run to the end, or fail before the whole test suite hangs; ``beside`` is an async function that runs with it."""
-    with anyio.fail_after(20):
+    with anyio.fail_after(60):
         async with anyio.create_task_group() as tasks:
             if beside is not None:
                 tasks.start_soon(beside, daemon)  # type: ignore[arg-type]

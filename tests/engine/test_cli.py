@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +23,9 @@ from engine import __version__, cli
 from engine.admin import bind
 from engine.checkpoint.store import CheckpointStore
 from engine.errors import AdaptdError
-from engine.scaffold import EVENTS
+from engine.launch import run_policy
+from engine.policyfile import load
+from engine.scaffold import EVENTS, init
 from streams.base import StreamError, StreamUnavailableError
 from streams.join import JoinError
 from streams.journal import JournalError
@@ -72,6 +75,23 @@ def project(tmp_path: Path, adaptd: Adaptd) -> Path:
     return tmp_path / "project"
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project that was run to its end; for tests to copy."""
+    place = tmp_path_factory.mktemp("finished")
+    init(place)
+    policy = place / "policy.yaml"
+    policy.write_text(policy.read_text().replace("port: 9464", "port: 0"))
+    run_policy(load(policy, environ={}))
+    return place
+
+
+@pytest.fixture
+def ran(finished: Path, tmp_path: Path) -> Path:
+    """A project that was run to its end."""
+    return shutil.copytree(finished, tmp_path / "ran")
+
+
 def answers(project: Path) -> list[str]:
     return [json.loads(line)["id"] for line in (project / "predictions.jsonl").read_text().splitlines()]
 
@@ -114,14 +134,13 @@ def test_flags_override_the_file(project: Path, adaptd: Adaptd) -> None:
     assert yaml.safe_load(shown.out)["batching"]["max_size"] == 7
 
 
-def test_anew_keeps_what_there_was_and_answers_everything_again(project: Path, adaptd: Adaptd) -> None:
-    state = project / "state"
-    assert adaptd("run", project / "policy.yaml").code == 0
+def test_anew_keeps_what_there_was_and_answers_everything_again(ran: Path, adaptd: Adaptd) -> None:
+    state = ran / "state"
     before = sorted(path.name for path in state.glob("ckpt-*"))
-    ran = adaptd("run", project / "policy.yaml", "--fresh")
-    assert ran.code == 0, ran.err
-    assert "set_aside" in ran.err
-    assert answers(project) == 2 * [f"event-{number}" for number in range(EVENTS)]
+    again = adaptd("run", ran / "policy.yaml", "--fresh")
+    assert again.code == 0, again.err
+    assert "set_aside" in again.err
+    assert answers(ran) == 2 * [f"event-{number}" for number in range(EVENTS)]
     aside = state / "aside-1"
     assert sorted(path.name for path in aside.glob("ckpt-*")) == before
     assert [*aside.glob("journal-*.log")]
@@ -129,14 +148,13 @@ def test_anew_keeps_what_there_was_and_answers_everything_again(project: Path, a
     assert adaptd("checkpoint", "verify", state).code == 0
 
 
-def test_anew_also_where_the_checkpoints_of_a_journal_are_gone(project: Path, adaptd: Adaptd) -> None:
-    assert adaptd("run", project / "policy.yaml").code == 0
-    for folder in (project / "state").glob("ckpt-*"):
-        folder.rename(project / folder.name)
-    refused = adaptd("run", project / "policy.yaml")
+def test_anew_also_where_the_checkpoints_of_a_journal_are_gone(ran: Path, adaptd: Adaptd) -> None:
+    for folder in (ran / "state").glob("ckpt-*"):
+        folder.rename(ran / folder.name)
+    refused = adaptd("run", ran / "policy.yaml")
     assert (refused.code, "a journal and no checkpoint" in refused.err) == (74, True)
-    assert adaptd("run", project / "policy.yaml", "--fresh").code == 0
-    assert [*(project / "state" / "aside-1").glob("journal-*.log")]
+    assert adaptd("run", ran / "policy.yaml", "--fresh").code == 0
+    assert [*(ran / "state" / "aside-1").glob("journal-*.log")]
 
 
 def test_anew_in_an_empty_directory_is_an_ordinary_start(project: Path, adaptd: Adaptd) -> None:
@@ -331,48 +349,44 @@ def test_validate_looks_for_a_factory_in_a_package_without_importing_it(project:
     assert "no module is named 'engine.nowhere'" in ended.err
 
 
-def test_checkpoints_are_shown_by_number_and_the_newest_by_no_name(project: Path, adaptd: Adaptd) -> None:
-    assert adaptd("run", project / "policy.yaml").code == 0
-    newest = adaptd("checkpoint", "show", project / "state")
+def test_checkpoints_are_shown_by_number_and_the_newest_by_no_name(ran: Path, adaptd: Adaptd) -> None:
+    newest = adaptd("checkpoint", "show", ran / "state")
     assert newest.code == 0
-    first = adaptd("checkpoint", "show", project / "state", "0")
+    first = adaptd("checkpoint", "show", ran / "state", "0")
     assert json.loads(first.out)["manifest"]["step"] == 0
     assert json.loads(newest.out)["manifest"]["step"] > 0
 
 
-def test_of_several_checkpoints_every_one_is_verified(project: Path, adaptd: Adaptd) -> None:
-    assert adaptd("run", project / "policy.yaml").code == 0
-    newest = max((project / "state").glob("ckpt-*"))
+def test_of_several_checkpoints_every_one_is_verified(ran: Path, adaptd: Adaptd) -> None:
+    newest = max((ran / "state").glob("ckpt-*"))
     (newest / "meta.json").write_text("{}")
-    ended = adaptd("checkpoint", "verify", project / "state")
+    ended = adaptd("checkpoint", "verify", ran / "state")
     assert ended.code == 74
     assert "ckpt-000000000000: good" in ended.out
     assert "1 of 2 checkpoints cannot be used" in ended.err
 
 
-def test_release_and_live_weights_are_exported_and_serve_as_weights_of_a_policy(project: Path, adaptd: Adaptd) -> None:
-    assert adaptd("run", project / "policy.yaml").code == 0
-    state, newest = project / "state", max((project / "state").glob("ckpt-*"))
+def test_release_and_live_weights_are_exported_and_serve_as_weights_of_a_policy(ran: Path, adaptd: Adaptd) -> None:
+    state, newest = ran / "state", max((ran / "state").glob("ckpt-*"))
     for which, part in (("release", "release"), ("live", "model")):
-        file = project / f"{which}.safetensors"
+        file = ran / f"{which}.safetensors"
         ended = adaptd("checkpoint", "export", state, file, "--weights", which)
         assert (ended.code, ended.err) == (0, "")
         assert f"tensors, from {newest.name}" in ended.out
         found, kept = load_file(file), load_file(newest / f"{part}.safetensors")
         assert found.keys() == kept.keys()
         assert all(torch.equal(found[name], kept[name]) for name in kept)
-        again = ("--data", project / "events.jsonl", "--set", f"model.weights={file}")
-        assert adaptd("backtest", project / "policy.yaml", *again).code == 0
-    default = adaptd("checkpoint", "export", state, project / "first.safetensors", "--checkpoint", "0")
+        again = ("--data", ran / "events.jsonl", "--set", f"model.weights={file}")
+        assert adaptd("backtest", ran / "policy.yaml", *again).code == 0
+    default = adaptd("checkpoint", "export", state, ran / "first.safetensors", "--checkpoint", "0")
     assert "release 0, 9 tensors, from ckpt-000000000000" in default.out
-    assert not [*project.glob(".*")]
+    assert not [*ran.glob(".*")]
 
 
-def test_an_export_overwrites_nothing_unless_told_to(project: Path, adaptd: Adaptd) -> None:
-    assert adaptd("run", project / "policy.yaml").code == 0
-    file = project / "mine.safetensors"
+def test_an_export_overwrites_nothing_unless_told_to(ran: Path, adaptd: Adaptd) -> None:
+    file = ran / "mine.safetensors"
     file.write_text("mine")
-    ended = adaptd("checkpoint", "export", project / "state", file)
+    ended = adaptd("checkpoint", "export", ran / "state", file)
     assert (
         ended.code,
         "exists and is left as it is; choose another name, or replace it with --force" in ended.err,
@@ -381,7 +395,7 @@ def test_an_export_overwrites_nothing_unless_told_to(project: Path, adaptd: Adap
         True,
     )
     assert file.read_text() == "mine"
-    assert adaptd("checkpoint", "export", project / "state", file, "--force").code == 0
+    assert adaptd("checkpoint", "export", ran / "state", file, "--force").code == 0
     assert load_file(file)
 
 
@@ -426,50 +440,46 @@ def test_the_second_daemon_on_a_state_directory_is_told_of_the_first_even_if_bot
     assert not (project / "predictions.jsonl").exists()
 
 
-def test_without_a_valid_checkpoint_nothing_begins_anew_by_itself(project: Path, adaptd: Adaptd) -> None:
-    assert adaptd("run", project / "policy.yaml").code == 0
-    for file in (project / "state").glob("ckpt-*/model.safetensors"):
+def test_without_a_valid_checkpoint_nothing_begins_anew_by_itself(ran: Path, adaptd: Adaptd) -> None:
+    for file in (ran / "state").glob("ckpt-*/model.safetensors"):
         file.write_bytes(file.read_bytes()[:-1])
     for _ in range(2):
-        ended = adaptd("run", project / "policy.yaml")
+        ended = adaptd("run", ran / "policy.yaml")
         assert ended.code == 74
         assert "--fresh" in ended.err
         assert "ckpt-000000000000: " in ended.err
-    ended = adaptd("checkpoint", "verify", project / "state")
+    ended = adaptd("checkpoint", "verify", ran / "state")
     assert ended.code == 74
     assert len(re.findall(r"ckpt-\d+: .* cannot be used: model\.safetensors", ended.out)) == 2, ended.out
     assert "2 of 2 checkpoints cannot be used" in ended.err
-    assert adaptd("run", project / "policy.yaml", "--fresh").code == 0
-    assert adaptd("checkpoint", "verify", project / "state").code == 0
+    assert adaptd("run", ran / "policy.yaml", "--fresh").code == 0
+    assert adaptd("checkpoint", "verify", ran / "state").code == 0
 
 
-def test_past_a_damaged_checkpoint_the_run_goes_on_and_says_so(project: Path, adaptd: Adaptd) -> None:
-    assert adaptd("run", project / "policy.yaml").code == 0
-    newest = max((project / "state").glob("ckpt-*"))
+def test_past_a_damaged_checkpoint_the_run_goes_on_and_says_so(ran: Path, adaptd: Adaptd) -> None:
+    newest = max((ran / "state").glob("ckpt-*"))
     (newest / "model.safetensors").write_bytes(b"")
-    ended = adaptd("run", project / "policy.yaml")
+    ended = adaptd("run", ran / "policy.yaml")
     assert ended.code == 0
     assert "checkpoint_passed_over" in ended.err
-    assert answers(project) == [f"event-{number}" for number in range(EVENTS)]
-    assert max((project / "state").glob("ckpt-*")).name == newest.name
+    assert answers(ran) == [f"event-{number}" for number in range(EVENTS)]
+    assert max((ran / "state").glob("ckpt-*")).name == newest.name
 
 
-def test_another_model_on_the_same_state_is_told(project: Path, adaptd: Adaptd) -> None:
-    assert adaptd("run", project / "policy.yaml").code == 0
-    model = project / "model.py"
+def test_another_model_on_the_same_state_is_told(ran: Path, adaptd: Adaptd) -> None:
+    model = ran / "model.py"
     model.write_text(model.read_text().replace("16", "17"))
-    ended = adaptd("run", project / "policy.yaml")
+    ended = adaptd("run", ran / "policy.yaml")
     assert ended.code == 74
     assert "belong to another model" in ended.err
 
 
-def test_a_stream_that_was_replaced_is_told(project: Path, adaptd: Adaptd) -> None:
-    assert adaptd("run", project / "policy.yaml").code == 0
-    newest = max((project / "state").glob("ckpt-*"))
-    newest.rename(project / "gone")
-    lines = (project / "events.jsonl").read_text().splitlines(keepends=True)
-    (project / "events.jsonl").write_text("".join(lines[:100]))
-    ended = adaptd("run", project / "policy.yaml")
+def test_a_stream_that_was_replaced_is_told(ran: Path, adaptd: Adaptd) -> None:
+    newest = max((ran / "state").glob("ckpt-*"))
+    newest.rename(ran / "gone")
+    lines = (ran / "events.jsonl").read_text().splitlines(keepends=True)
+    (ran / "events.jsonl").write_text("".join(lines[:100]))
+    ended = adaptd("run", ran / "policy.yaml")
     assert ended.code == 78
     assert "events.jsonl" in ended.err or "data-0" in ended.err
 
@@ -585,6 +595,24 @@ def test_threads_that_wait_give_up_their_core_unless_told_otherwise(set_to: str 
         environ["OMP_WAIT_POLICY"] = set_to
     done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=True)
     assert done.stdout.split()[-1] == found
+
+
+def test_commands_that_need_no_tensors_do_not_load_pytorch(tmp_path: Path) -> None:
+    code = """
+import sys
+from engine import cli
+for command in ("--help", "--version", "version", "run --help", "init " + sys.argv[1], "fly"):
+    sys.argv = ["adaptd", *command.split()]
+    try:
+        cli.main()
+    except SystemExit:
+        pass
+    assert "torch" not in sys.modules, command
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "new")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "new" / "policy.yaml").exists()
 
 
 def test_output_that_nobody_reads_to_its_end_is_no_error() -> None:

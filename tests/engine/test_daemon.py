@@ -198,7 +198,7 @@ async def test_a_checkpoint_that_is_due_waits_for_the_background_job(
 
     def slow(self: Learner, job: Job) -> None:
         began.set()
-        assert release.wait(10)
+        assert release.wait(60)
         learn(self, job)
 
     monkeypatch.setattr(Learner, "run", slow)
@@ -440,7 +440,7 @@ async def test_a_slow_sink_pauses_the_source(tmp_path: Path) -> None:
 
     class Slow(MemorySink):
         def send(self, messages: Sequence[Message]) -> None:
-            assert free.wait(10)
+            assert free.wait(60)
             super().send(messages)
 
     sink = Slow()

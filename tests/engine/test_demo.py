@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +25,7 @@ from engine.demo.model import DigitNet, train
 from engine.demo.report import write_report
 from engine.errors import UsageError
 
-pytest.importorskip("sklearn")
+pytestmark = pytest.mark.skipif(find_spec("sklearn") is None, reason="scikit-learn is not installed")
 
 CLEAN = [number for number, name in enumerate(streams.PHASES) if name == "clean"]
 

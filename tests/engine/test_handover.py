@@ -93,7 +93,7 @@ def then(*steps: Callable[[Daemon], object]) -> Callable[[Daemon], object]:
 
 async def crash(daemon: Daemon, *steps: Callable[[Daemon], object]) -> None:
     """Take steps beside a daemon and cut it off: what is not in a checkpoint by then is in the journal alone."""
-    with anyio.fail_after(20):
+    with anyio.fail_after(60):
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(daemon.run)
             for step in steps:
@@ -499,7 +499,7 @@ async def test_partitions_that_come_straight_back_while_a_step_lasts_go_on_behin
         apply = daemon.runner.apply
 
         def slow(cuts: Sequence[Cut]) -> None:
-            assert go_on.wait(10)
+            assert go_on.wait(60)
             apply(cuts)
 
         daemon.runner.apply = slow  # type: ignore[method-assign]

@@ -172,7 +172,7 @@ def test_a_batch_gives_its_size_stages_and_the_latency_of_its_oldest_record() ->
     assert value["batch_size_sum"] == 2
     assert value["stage_duration_seconds_sum", "predict"] == 0.02
     assert value["stage_duration_seconds_sum", "adapt"] == 0.003
-    assert 44 < value["latency_seconds_sum"] < 60
+    assert 44 < value["latency_seconds_sum"] < 45 + 60
     assert time.time() - value["progress_timestamp_seconds"] < 60
 
 

@@ -68,7 +68,7 @@ async def test_good_and_bad_records_come_in_the_order_of_the_stream() -> None:
     source.append("data", event(3))
     source.append("data", b'{"id": 7}')
     harness = Harness(source)
-    with anyio.fail_after(10):
+    with anyio.fail_after(60):
         await harness.run()
     assert [type(one) for one in harness.items] == [Event, Event, Bad, Event, Bad]
     assert [one.record.offset for one in harness.items if isinstance(one, Event | Bad)] == [0, 1, 2, 3, 4]
@@ -80,7 +80,7 @@ async def test_each_stream_is_decoded_as_what_it_carries() -> None:
     source.append("feedback", encode_feedback("e0", label=1, time=1.0))
     source.append("data", event(0))
     harness = Harness(source)
-    with anyio.fail_after(10):
+    with anyio.fail_after(60):
         await harness.run()
     assert {one.record.stream: type(one) for one in harness.items if isinstance(one, Event | Feedback)} == {
         "data": Event,
@@ -90,7 +90,7 @@ async def test_each_stream_is_decoded_as_what_it_carries() -> None:
 
 async def test_the_end_is_told_once_and_after_every_record() -> None:
     harness = Harness(filled(3))
-    with anyio.fail_after(10):
+    with anyio.fail_after(60):
         await harness.run()
     assert [bool(chunk.ended) for chunk in harness.chunks] == [False, True]
     assert harness.chunks[1].ended == {("data", 0)}
@@ -117,14 +117,14 @@ async def test_a_source_that_has_ended_is_not_polled_without_pause(monkeypatch: 
         return True
 
     monkeypatch.setattr(harness.reader._stop, "wait", wait)
-    with anyio.fail_after(10):
+    with anyio.fail_after(60):
         await harness.run()
     assert (len(polls), waits) == (1, [module.POLL_SECONDS])
 
 
 async def test_reading_begins_at_the_given_positions() -> None:
     harness = Harness(filled(5), start={("data", 0): 3})
-    with anyio.fail_after(10):
+    with anyio.fail_after(60):
         await harness.run()
     assert [one.record.offset for one in harness.items if isinstance(one, Event)] == [3, 4]
     assert harness.reader.partitions == [("data", 0)]
@@ -133,7 +133,7 @@ async def test_reading_begins_at_the_given_positions() -> None:
 async def test_a_stream_is_paused_while_too_much_of_it_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "POLL_RECORDS", 4)
     harness = Harness(filled(100), high=8)
-    with anyio.fail_after(10):
+    with anyio.fail_after(60):
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(harness.run)
             most = 0
@@ -156,7 +156,7 @@ async def test_a_paused_stream_does_not_hold_up_the_other_one(monkeypatch: pytes
     for number in range(50):
         source.append("feedback", encode_feedback(f"e{number}", label=1, time=1.0))
     harness = Harness(source, high=4)
-    with anyio.fail_after(10):
+    with anyio.fail_after(60):
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(harness.run)
             while sum(isinstance(one, Feedback) for one in harness.items) < 50:
@@ -171,7 +171,7 @@ async def test_the_last_commit_wins() -> None:
     harness = Harness(filled(5))
     harness.reader.commit({("data", 0): 2})
     harness.reader.commit({("data", 0): 4})
-    with anyio.fail_after(10):
+    with anyio.fail_after(60):
         await harness.run()
     assert harness.source.committed() == {("data", 0): 4}
     again = Harness(harness.source)
@@ -188,7 +188,7 @@ async def test_a_commit_that_fails_for_now_ends_nothing() -> None:
     source.append("data", event(0))
     harness = Harness(source)
     harness.reader.commit({("data", 0): 1})
-    with anyio.fail_after(10):
+    with anyio.fail_after(60):
         await harness.run()
     assert len(harness.items) == 1
 
@@ -265,7 +265,7 @@ async def test_partitions_that_go_are_finished_with_and_committed_unless_lost(lo
     source.lost = lost
     start = {("data", 0): 0, ("data", 1): 0}
     harness = Harness(source, start=start)
-    with anyio.fail_after(10):
+    with anyio.fail_after(60):
         await harness.run()
     assert harness.revocations == [([("data", 0)], lost)]
     assert source.committed() == ({} if lost else {("data", 0): 77})
@@ -280,7 +280,7 @@ async def test_when_reading_fails_the_source_is_closed_and_the_error_passed_on()
 
     source = Broken({"data": 1})
     harness = Harness(source)
-    with anyio.fail_after(10), pytest.raises(StreamError, match="is damaged"):
+    with anyio.fail_after(60), pytest.raises(StreamError, match="is damaged"):
         await harness.run()
     assert source.closed == 1
 
@@ -288,7 +288,7 @@ async def test_when_reading_fails_the_source_is_closed_and_the_error_passed_on()
 async def test_lag_and_time_of_the_last_poll_are_known() -> None:
     harness = Harness(filled(3))
     assert harness.reader.last_poll == 0.0
-    with anyio.fail_after(10):
+    with anyio.fail_after(60):
         await harness.run()
     assert harness.reader.lag == {("data", 0): 0}
     assert 0.0 < harness.reader.last_poll < math.inf
@@ -299,7 +299,7 @@ async def test_polls_ask_for_more_while_there_is_a_backlog(monkeypatch: pytest.M
     monkeypatch.setattr(module, "POLL_RECORDS", 4)
     monkeypatch.setattr(module, "MOST_RECORDS", 16)
     harness = Harness(filled(100), high=1000)
-    with anyio.fail_after(10):
+    with anyio.fail_after(60):
         await harness.run()
     sizes = [len(items) for chunk in harness.chunks for items in chunk.items]
     assert (sizes[:4], max(sizes), sum(sizes)) == ([4, 8, 16, 16], 16, 100)

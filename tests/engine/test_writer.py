@@ -79,7 +79,7 @@ class Harness:
 
     def join(self) -> None:
         assert self.thread is not None
-        self.thread.join(10)
+        self.thread.join(60)
         assert not self.thread.is_alive(), "the writer hangs"
 
     @property
@@ -248,7 +248,7 @@ def test_an_abort_ends_the_retries_and_passes_on_nothing_that_is_not_out(monkeyp
     monkeypatch.setattr(module, "FLUSH_SECONDS", 0.0)
     harness.begin()
     harness.writer.put(answers(0, 2))
-    assert harness.predictions.asked.wait(10)
+    assert harness.predictions.asked.wait(60)
     harness.writer.abort()
     harness.join()
     assert "flushed" not in harness.calls

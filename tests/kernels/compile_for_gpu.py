@@ -52,8 +52,8 @@ def main() -> None:
     for capability in (80, 90):
         found[f"lerp float32 sm{capability}"] = lerp(capability, tl.float32, tl.float32)
         found[f"lerp bfloat16 sm{capability}"] = lerp(capability, tl.bfloat16, tl.float32)
-        entropy(capability, "*fp32", tl.float32, "*fp32")
         entropy(capability, "*bf16", tl.float32, "*fp32")
+    entropy(80, "*fp32", tl.float32, "*fp32")
     entropy(90, "*fp64", tl.float64, "*fp64")
     json.dump(found, sys.stdout)
 
