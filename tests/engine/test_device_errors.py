@@ -14,7 +14,7 @@ import pytest
 from engine import cli
 from engine.launch import run_policy
 from engine.policyfile import load
-from engine.scaffold import EVENTS, init
+from engine.scaffold import init
 
 MODEL = """\
 import torch
@@ -53,6 +53,8 @@ def build():
     return Fragile()
 """
 
+EVENTS = 256
+
 FAILURES = {
     "memory of a GPU": ('raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")', 75),
     "GPU": ('raise torch.AcceleratorError("CUDA error: device-side assert triggered")', 75),
@@ -74,6 +76,8 @@ def project(directory: Path) -> Path:
         assert old in text
         text = text.replace(old, new)
     (directory / "policy.yaml").write_text(text)
+    events = (directory / "events.jsonl").read_text().splitlines(keepends=True)
+    (directory / "events.jsonl").write_text("".join(events[:EVENTS]))
     return directory
 
 
