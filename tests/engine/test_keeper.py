@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -49,12 +51,14 @@ def maker(policy: str, background: bool) -> Make:
     return lambda: make_core(*POLICIES[policy], background=background, release_every=60, audit_share=0.25)
 
 
-def uninterrupted(directory: Path, make: Make) -> tuple[dict[str, bytes], dict[str, tuple[bytes, int, int]]]:
-    life = Life(directory, make, save_every=float("inf")).finish()
-    state = life.state()
-    life.crash()
+@cache
+def uninterrupted(policy: str, background: bool) -> tuple[dict[str, bytes], dict[str, tuple[bytes, int, int]]]:
+    with TemporaryDirectory() as directory:
+        life = Life(Path(directory), maker(policy, background), save_every=float("inf")).finish()
+        state = life.state()
+        life.crash()
     assert life.core.counts["updates.learning"] > 5
-    assert ("resets" in directory.name) == (life.core.counts["resets"] > 0)
+    assert ("resets" in policy) == (life.core.counts["resets"] > 0)
     return state, life.answered.rows
 
 
@@ -64,7 +68,7 @@ def uninterrupted(directory: Path, make: Make) -> tuple[dict[str, bytes], dict[s
 )
 def test_a_core_that_was_killed_often_ends_as_one_that_never_was(tmp_path: Path, policy: str, background: bool) -> None:
     make = maker(policy, background)
-    expected, answers = uninterrupted(tmp_path / policy, make)
+    expected, answers = uninterrupted(policy, background)
     replayed = 0
     for until in (1, 7, 9, 16, 25):
         life = Life(tmp_path / "killed", make).run(until)
@@ -81,7 +85,7 @@ def test_a_core_that_was_killed_often_ends_as_one_that_never_was(tmp_path: Path,
 @both_modes
 def test_past_a_damaged_checkpoint_a_longer_journal_leads_to_the_same_state(tmp_path: Path, background: bool) -> None:
     make = maker("everything", background)
-    expected, _ = uninterrupted(tmp_path / "whole", make)
+    expected, _ = uninterrupted("everything", background)
     life = Life(tmp_path / "killed", make).run(30)
     newest = life.store.newest()
     life.crash()
@@ -102,7 +106,7 @@ def test_past_a_damaged_checkpoint_a_longer_journal_leads_to_the_same_state(tmp_
 @both_modes
 def test_saving_changes_nothing_of_what_follows(tmp_path: Path, background: bool) -> None:
     make = maker("everything", background)
-    expected, answers = uninterrupted(tmp_path / "never", make)
+    expected, answers = uninterrupted("everything", background)
     life = Life(tmp_path / "often", make, save_every=1).finish()
     assert life.state() == expected
     assert life.answered.rows == answers
