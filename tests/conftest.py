@@ -1,6 +1,7 @@
 """Fixtures of every test."""
 
 import logging
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -8,6 +9,10 @@ import structlog
 from hypothesis import HealthCheck, settings
 
 from tests.crash.zygote import Zygote
+
+# Read when PyTorch is loaded. Tensors of tests are small and workers share the cores: more threads wait for each other
+# by spinning, which makes some tests ten times as slow where something else runs beside them.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 # How busy the machine is decides nothing.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
