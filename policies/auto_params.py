@@ -32,7 +32,7 @@ class AutoParams(GradientParams):
 
     Attributes:
         window: Rows between two looks at the stream.
-        patience: Looks in a row that it takes to change a switch.
+        patience: Looks in a row that it takes to change a switch, or to give up what is estimated to be of no use.
         sure: Student's t of the information that rows gain from which on adapting begins; 1.645 is passed by chance in
             5 % of cases.
         gain: Information, in units of the entropy of answers, that they have to gain; twice as much where groups mix.

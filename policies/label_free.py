@@ -45,8 +45,9 @@ FALL = 0.02
 CHANCE = 1.5
 """Accuracy that answers must have, in units of that of guessing."""
 
-FOREIGN = 0.1
-"""Share of rows beyond which, if the model's class is not the head's, the head is not what answers."""
+FOREIGN = 0.02
+"""Share of rows beyond which, if the model's class is not the head's, the head is not what answers: rounding has less,
+the mean of several heads more."""
 
 
 def dropout_rate(classes: int) -> float:
@@ -68,7 +69,7 @@ def under_dropout(head: nn.Linear, features: Tensor, classes: Tensor, seed: int)
         ``1 - mean_j [argmax p_ij = class_i]`` ``(n,)``, and ``mean_j p_ij`` ``(n, K)``, in single precision.
     """
     weight, rate = head.weight, dropout_rate(head.out_features)
-    rows = features.to(weight.dtype)
+    rows = features.to(weight.dtype) / (1 - rate)
     generator = torch.Generator().manual_seed(seed)
     same = torch.zeros(len(rows), device=rows.device)
     answers = torch.zeros(len(rows), len(weight), device=rows.device)
@@ -76,7 +77,7 @@ def under_dropout(head: nn.Linear, features: Tensor, classes: Tensor, seed: int)
     for first in range(0, DRAWS, together):
         draws = min(together, DRAWS - first)
         kept = torch.rand(draws, *rows.shape, generator=generator) >= rate
-        logits = F.linear(rows * kept.to(rows) / (1 - rate), weight, head.bias).float()
+        logits = F.linear(rows * kept.to(rows), weight, head.bias).float()
         same += (logits.argmax(2) == classes).sum(0)
         answers += logits.softmax(2).sum(0)
     return 1 - same / DRAWS, answers / DRAWS
@@ -159,7 +160,7 @@ class LabelFreeError:
         self.error: float | None = None
         self.usual: float | None = None
         self.falls = self.low = 0
-        self._entropy = 0.0
+        self._entropy = self._foreign = 0.0
         self._windows = self._usual_windows = self._parts = self._passed = 0
         self._accuracies: list[float] = []
         self._features: list[Tensor] = []
@@ -223,13 +224,16 @@ class LabelFreeError:
         self._forget_window()
         if not rows:
             return
-        if foreign > FOREIGN * rows:
+        entropy = -math.fsum(chance / rows * math.log(chance / rows) for chance in answers if chance > 0)
+        self._windows += 1
+        share = max(SLOW, 1 / self._windows)
+        self._foreign += share * (foreign / rows - self._foreign)
+        if not usual and self._windows > 1:
+            share = SLOW  # a collapse is not soon usual
+        self._entropy += share * (entropy - self._entropy)
+        if self._foreign > FOREIGN:
             self.error, self.low, self._accuracies = None, 0, []
             return
-        entropy = -math.fsum(share / rows * math.log(share / rows) for share in answers if share > 0)
-        self._windows += 1
-        share = max(SLOW, 1 / self._windows) if usual or self._windows == 1 else SLOW  # a collapse is not soon usual
-        self._entropy += share * (entropy - self._entropy)
         level = self._entropy if correlated else math.log(self._classes)
         differing /= rows
         self.error = smoothed_error(self.error, differing, corrected_error(differing, entropy, level, self._classes))
@@ -267,7 +271,7 @@ class LabelFreeError:
             "sums": self._sums,
             "seed": self._seed,
             "counts": [self.falls, self.low, self._windows, self._usual_windows, self._parts, self._passed],
-            "means": [self.error, self.usual, self._entropy],
+            "means": [self.error, self.usual, self._entropy, self._foreign],
             "accuracies": list(self._accuracies),
         }
 
@@ -279,5 +283,5 @@ class LabelFreeError:
         self._sums.copy_(state["sums"])
         self._seed, counts = int(state["seed"]), map(int, state["counts"])
         self.falls, self.low, self._windows, self._usual_windows, self._parts, self._passed = counts
-        self.error, self.usual, self._entropy = state["means"]
+        self.error, self.usual, self._entropy, self._foreign = state["means"]
         self._accuracies = list(state["accuracies"])

@@ -154,6 +154,14 @@ def test_few_rows_of_a_window_are_held_whatever_comes(rows: int, window: int) ->
     assert min(seen, ROWS) / 2 <= used <= ROWS + rows
 
 
+def test_fewer_rows_go_through_a_large_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("policies.label_free.LARGE_HEAD", 1)
+    estimate, model = estimated()
+    for inputs in windows(8, 8):
+        shown(estimate, model, inputs)
+    assert sum(map(len, estimate.state_dict()["features"])) == 4
+
+
 @pytest.mark.parametrize("kind", ["mlp_heads", "mlp"])
 def test_a_head_that_is_not_what_answers_gives_no_estimate(kind: str) -> None:
     estimate, model = estimated(kind)
