@@ -56,6 +56,7 @@ def test_an_outdated_policy_reference_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(reference, "PLACE", tmp_path / "policy.md")
+    monkeypatch.setattr(reference, "reference", lambda: "new")  # making the real one takes half a second
     (tmp_path / "policy.md").write_text("old", encoding="utf-8")
     assert reference.main(["--check"]) == 1
     assert "is not up to date" in capsys.readouterr().err
