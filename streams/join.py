@@ -51,7 +51,7 @@ KINDS = (
 _EARLY_BYTES = 320
 _SHARE = 8  # early feedback and settled ids may take an eighth of the memory each
 _SWEEPS = 16  # sweeps a window: expiry is exact all the same, since each access looks at the time
-_CHUNK_BYTES = 1 << 18  # what one move to disk takes: two milliseconds
+_CHUNK_BYTES = 1 << 20  # what one move to disk takes: some milliseconds
 
 _Bytes = bytes  # the store has a property of that name
 

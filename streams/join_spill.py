@@ -35,13 +35,14 @@ CREATE TABLE waiting (
 CREATE UNIQUE INDEX by_id ON waiting (id);
 CREATE INDEX by_time ON waiting (time);
 """
-_SIZES = (1, 8, 64, 256, 512)
+_SIZES = (1, 8, 64, 512)
+_MOST = 2048
 # Lists of parameters come in few lengths, so that every statement is compiled once. They hold much, as the interpreter
 # is given away for every step of a statement, and who then has it keeps it for milliseconds.
 _BY_IDS = {n: f"SELECT seq, cost, entry FROM waiting WHERE id IN ({','.join('?' * n)})" for n in _SIZES}  # noqa: S608
 _HAS_IDS = {n: f"SELECT id FROM waiting WHERE id IN ({','.join('?' * n)})" for n in _SIZES}  # noqa: S608
-_INSERT = {n: f"INSERT INTO waiting VALUES {','.join(['(?, ?, ?, ?, ?, ?)'] * n)}" for n in _SIZES}  # noqa: S608
-_DELETE = {n: f"DELETE FROM waiting WHERE seq IN ({','.join('?' * n)})" for n in _SIZES}  # noqa: S608
+_INSERT = {n: f"INSERT INTO waiting VALUES {','.join(['(?, ?, ?, ?, ?, ?)'] * n)}" for n in (*_SIZES, _MOST)}  # noqa: S608
+_DELETE = {n: f"DELETE FROM waiting WHERE seq IN ({','.join('?' * n)})" for n in (*_SIZES, _MOST)}  # noqa: S608
 
 
 class Row(NamedTuple):
@@ -71,7 +72,7 @@ def _parts(rows: Sequence[T]) -> Iterator[Sequence[T]]:
     """Yield rows in parts of the lengths that there are statements for."""
     at = 0
     while at < len(rows):
-        size = next(size for size in reversed(_SIZES) if size <= len(rows) - at)
+        size = next(size for size in (_MOST, *reversed(_SIZES)) if size <= len(rows) - at)
         yield rows[at : at + size]
         at += size
 
