@@ -249,13 +249,19 @@ class Reader:
         return min(2 * self._most, most) if came >= self._most else POLL_RECORDS
 
     def _poll(self) -> Sequence[Record]:
-        """Ask the source. Where everything is paused, wait for room instead; a source would sleep through it."""
+        """Ask the source. Where everything is paused, wait for room instead; a source would sleep through it.
+
+        Where a part is, wait as well once nothing came: a source that holds what comes of the paused part would
+        otherwise fill up with that at once, and throw away what lies behind it.
+        """
         if not self._paused:
             return self._source.poll(self._most, POLL_SECONDS)
         if {stream for stream, _ in set(self.partitions) - self._announced} - self._paused:
-            return self._source.poll(self._most, MIXED_SECONDS)
-        records = self._source.poll(POLL_RECORDS, 0.0)  # gives nothing, and keeps the client alive
-        self._room.wait(POLL_SECONDS)
+            records, wait = self._source.poll(POLL_RECORDS, MIXED_SECONDS), MIXED_SECONDS
+        else:
+            records, wait = self._source.poll(POLL_RECORDS, 0.0), POLL_SECONDS  # gives nothing, and keeps it alive
+        if not records:
+            self._room.wait(wait)
         return records
 
     def _regulate(self, taken: Mapping[str, int]) -> None:

@@ -92,7 +92,7 @@ class Flow:
                 self._counts[stream] -= len(part)
                 self._bytes[stream] -= _size(part)
                 taken.append(part)
-        return Records.joined(taken) if taken else []
+        return taken[0] if len(taken) == 1 else Records.joined(taken) if taken else []
 
     def first(self, partition: Partition) -> int | None:
         """The offset of the first record that is kept of a partition."""

@@ -167,6 +167,38 @@ async def test_a_paused_stream_does_not_hold_up_the_other_one(monkeypatch: pytes
             harness.reader.stop()
 
 
+class Holding(MemorySource):
+    """Takes in and holds what comes of a paused stream, so that a poll never has to wait for anything."""
+
+    polls = 0
+
+    def poll(self, max_records: int, timeout: float) -> Sequence[Record]:
+        self.polls += 1
+        return super().poll(max_records, 0.0)
+
+
+async def test_a_source_that_holds_a_paused_stream_is_polled_no_faster_than_room_is_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "MIXED_SECONDS", 60.0)
+    source = Holding({"data": 1, "feedback": 1}, bounded=False)
+    for number in range(8):
+        source.append("data", event(number))
+    harness = Harness(source, high=4)
+    with anyio.fail_after(10):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(harness.run)
+            seen = []
+            for polls in range(2, 6):  # the first poll gave everything
+                while source.polls < polls:
+                    await anyio.sleep(0)
+                await anyio.sleep(0.01)
+                seen.append(source.polls)
+                harness.reader.used()
+            harness.reader.stop()
+    assert seen == [2, 3, 4, 5]
+
+
 async def test_the_last_commit_wins() -> None:
     harness = Harness(filled(5))
     harness.reader.commit({("data", 0): 2})
