@@ -12,6 +12,7 @@ hooks behind them.
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol, Self
@@ -185,7 +186,7 @@ class Adaptation(Method):
         """
         if len(batch) == 0:
             return torch.zeros(0, self.context.num_classes, device=batch.inputs.device)
-        if not batch.inputs.is_floating_point() or bool(batch.inputs.sum().isfinite()):  # one pass tells of all
+        if not batch.inputs.is_floating_point() or math.isfinite(batch.inputs.sum()):  # one pass tells of all
             return self._finite(self._adapt(batch))
         keep = batch.inputs.flatten(1).isfinite().all(1).nonzero().flatten()
         logits = torch.zeros(len(batch), self.context.num_classes, device=batch.inputs.device)
@@ -197,8 +198,9 @@ class Adaptation(Method):
     def _finite(logits: Tensor) -> Tensor:
         """Zero the rows that the model could not answer with finite numbers."""
         logits = logits.detach()
-        good = logits.isfinite().all(1, keepdim=True)
-        return logits if bool(good.all()) else torch.where(good, logits, torch.zeros_like(logits))
+        if math.isfinite(logits.sum()):
+            return logits
+        return torch.where(logits.isfinite().all(1, keepdim=True), logits, torch.zeros_like(logits))
 
     def _adapt(self, batch: Batch) -> Tensor:
         """Answer a batch of at least one row, all of them finite."""
