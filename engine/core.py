@@ -112,9 +112,8 @@ class Core:
             now=self.clock.advance(events.times),
         )
         logits = self.freeze.answer(batch.inputs) if self.freeze.on else self.methods.adaptation.adapt(batch)
-        probabilities = logits.float().softmax(1)
-        labels = probabilities.argmax(1).cpu().numpy()
-        answers = Answers(events, labels, probabilities.cpu().numpy(), self.release, self.step)
+        probabilities = logits.float().softmax(1).cpu().numpy()
+        answers = Answers(events, probabilities.argmax(1), probabilities, self.release, self.step)
         self._batch = batch, logits, answers
         return answers
 
@@ -150,7 +149,7 @@ class Core:
         """Note the mean entropy of the answers in nats and count rows that were not finite."""
         p = answers.probabilities
         self.entropy = float(-np.vdot(p, np.log(np.maximum(p, 1e-30)))) / len(p)
-        if batch.inputs.is_floating_point() and not bool(torch.isfinite(batch.inputs.sum())):
+        if batch.inputs.is_floating_point() and not math.isfinite(batch.inputs.sum()):
             self.counts["nonfinite_inputs"] += int((~batch.inputs.flatten(1).isfinite().all(1)).sum())
 
     def _settle(self) -> None:

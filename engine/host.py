@@ -53,7 +53,8 @@ class Inputs:
     def stack(self, rows: Iterable[bytes], device: torch.device) -> Tensor:
         """Join rows of little-endian bytes into ``(B, *shape)`` float32; int64 stays int64 where the scale is 1."""
         flat = np.frombuffer(bytearray().join(rows), self.dtype)
-        return self.convert(torch.from_numpy(flat.reshape(-1, *self.record_shape)).to(device))
+        x = torch.from_numpy(flat.reshape(-1, *self.record_shape))
+        return self.convert(x if device.type == "cpu" else x.to(device))
 
     def convert(self, x: Tensor) -> Tensor:
         """Turn ``(B, *record_shape)`` as records hold it into ``(B, *shape)`` as the model takes it."""

@@ -8,6 +8,7 @@ which decodes record by record and alone says what is wrong.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import itemgetter
 from typing import Any, Final
 
 import numpy as np
@@ -67,19 +68,19 @@ def _decode(records: Sequence[Record], values: Sequence[bytes], layout: Layout) 
     except BadRecord:
         return None
     names_at, tensor_at = layout.head.size, len(values[0]) - layout.tensor
-    heads = np.frombuffer(b"".join([value[:tensor_at] for value in values]), np.uint8).reshape(-1, tensor_at)
+    head, tensor = itemgetter(slice(tensor_at)), itemgetter(slice(tensor_at, None))  # called without bytecode
+    heads = np.frombuffer(b"".join(map(head, values)), np.uint8).reshape(-1, tensor_at)
     if heads[0, _GROUP_BYTES].any() or not _agree(heads, names_at):
         return None
     if heads[0, _FLAGS_AT] & _HAS_TIME:
         times = np.ascontiguousarray(heads[:, _TIME]).view("<f8").ravel()
     else:
         times = np.array([record.timestamp for record in records])
-    names = heads[:, names_at:].tobytes()
-    if not names.isascii() or not ((times >= 0) & (times < LATEST_TIME)).all():  # nor is a NaN
+    names = np.ascontiguousarray(heads[:, names_at:])
+    if not names.tobytes().isascii() or not ((times >= 0) & (times < LATEST_TIME)).all():  # nor is a NaN
         return None
-    text, size = names.decode(), tensor_at - names_at
-    ids = [text[at : at + size] for at in range(0, len(text), size)]
-    return ids, [value[tensor_at:] for value in values], times.tolist()
+    ids = list(map(bytes.decode, names.view(f"V{tensor_at - names_at}").ravel().tolist()))  # raw elements become bytes
+    return ids, list(map(tensor, values)), times.tolist()
 
 
 def _agree(heads: np.ndarray[Any, Any], names_at: int) -> bool:
