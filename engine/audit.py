@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from engine.host import Inputs
+from policies.flips import UNKNOWN
 from policies.interfaces import AuditWindow, State
 from streams.join import Joined
 
@@ -39,7 +40,9 @@ class Audit:
         self._device = device
         self._width = int(torch.Size(inputs.record_shape).numel()) * inputs.dtype.itemsize
         self._bytes = torch.zeros(0, self._width, dtype=torch.uint8)
-        self._classes = torch.zeros(0, 4, dtype=torch.int64)
+        self._classes = torch.zeros(0, 5, dtype=torch.int64)
+        """Labels, classes of source, live and release, and whether the live answer has had its rollback."""
+        self._rolled_back_at = 0
         self.seen = 0
 
     def __len__(self) -> int:
@@ -52,14 +55,16 @@ class Audit:
         flat = torch.frombuffer(bytearray().join(row.inputs for row in rows), dtype=torch.uint8)
         labels = torch.tensor([row.label for row in rows])
         live = torch.tensor([row.predicted for row in rows])
-        classes = torch.stack([labels, source, live, release], 1)
+        paid = torch.tensor([0 <= row.step < self._rolled_back_at for row in rows])
+        classes = torch.stack([labels, source, live, release, paid], 1)
         self._bytes = torch.cat([self._bytes, flat.reshape(-1, self._width)])[-self._capacity :].clone()
         self._classes = torch.cat([self._classes, classes])[-self._capacity :].clone()
         self.seen += len(rows)
 
     def window(self) -> AuditWindow:
-        """The window as methods see it."""
-        labels, source, live, release = self._classes.unbind(1)
+        """The window as methods see it: what was answered before a rollback is no evidence for another one."""
+        labels, source, live, release, paid = self._classes.unbind(1)
+        live = torch.where(paid.bool(), UNKNOWN, live)
         raw = [bytes(row.numpy().data) for row in self._bytes]
         return AuditWindow(self._inputs.stack(raw, self._device), labels, source, live, release)
 
@@ -68,12 +73,18 @@ class Audit:
         self._classes = self._classes.clone()
         self._classes[:, 3] = predicted
 
+    def rolled_back(self, step: int) -> None:
+        """Hear that the live weights went back to the release; those of before ``step`` answered all rows so far."""
+        self._rolled_back_at = step
+        self._classes = self._classes.clone()
+        self._classes[:, 4] = 1
+
     def accuracies(self) -> dict[str, float]:
         """Accuracy of ``source``, ``live`` and ``release`` on the window; empty while the window is."""
         classes = self._classes  # read once: another thread may ask while rows are added
         if not len(classes):
             return {}
-        right = (classes[:, 1:] == classes[:, :1]).double().mean(0).tolist()
+        right = (classes[:, 1:4] == classes[:, :1]).double().mean(0).tolist()
         return dict(zip(("source", "live", "release"), right, strict=True))
 
     def flips(self) -> tuple[float, float]:
@@ -81,15 +92,23 @@ class Audit:
         classes = self._classes
         if not len(classes):
             return 0.0, 0.0
-        labels, _, live, release = classes.unbind(1)
+        labels, _, live, release, _ = classes.unbind(1)
         negative = ((release == labels) & (live != labels)).double().mean()
         positive = ((release != labels) & (live == labels)).double().mean()
         return float(negative), float(positive)
 
     def state_dict(self) -> State:
-        """Rows as bytes, classes, and how many were ever seen."""
-        return {"bytes": self._bytes, "classes": self._classes, "seen": self.seen}
+        """Rows as bytes, classes, how many were ever seen, and the step of the last rollback."""
+        return {
+            "bytes": self._bytes,
+            "classes": self._classes,
+            "seen": self.seen,
+            "rolled_back_at": self._rolled_back_at,
+        }
 
     def load_state_dict(self, state: State) -> None:
         """Take over a state."""
         self._bytes, self._classes, self.seen = state["bytes"], state["classes"], state["seen"]
+        self._rolled_back_at = state.get("rolled_back_at", 0)
+        if self._classes.shape[1] == 4:  # written before rollbacks were heard of
+            self._classes = torch.nn.functional.pad(self._classes, (0, 1))

@@ -148,6 +148,8 @@ def report(core: Core, data: Recorded, result: Result) -> dict[str, Any]:
         },
         "resets": counts["resets"],
         "rollbacks": counts["rollbacks"],
+        "frozen": core.freeze.on,
+        "frozen_labels": counts["frozen_labels"],
         "labels": counts["labels"],
         "release": {"number": core.release, "alpha": core.alpha, "accuracy": core.audit.accuracies()},
         "decisions": {n.removeprefix("decisions."): c for n, c in sorted(counts.items()) if n.startswith("decisions.")},
@@ -213,7 +215,12 @@ def command(loaded: LoadedPolicy, path: Path, *, label_delay: int, feedback_shar
     )
     head = {"data": path.name, "policy": loaded.source, "policy_digest": loaded.digest, "seed": loaded.policy.seed}
     choice = {"feedback_seed": seed, "label_delay": label_delay, "feedback_share": feedback_share}
-    return head | choice | report(core, data, run(core, data, options))
+    result = run(core, data, options)
+    if core.freeze.on:
+        log.warning(
+            "frozen", rollbacks=core.freeze.rollbacks, answers="release", labels_since=core.counts["frozen_labels"]
+        )
+    return head | choice | report(core, data, result)
 
 
 def _check_labels(core: Core, data: Recorded, path: Path) -> None:

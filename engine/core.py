@@ -228,7 +228,9 @@ class Core:
             self.counts["labels"] += 1
             if held_out(row.id, self.settings.audit_share):
                 self._to_audit.append(row)
-            elif self.learner.enabled and not self.freeze.on:
+            elif self.freeze.on:
+                self.counts["frozen_labels"] += self.learner.enabled
+            elif self.learner.enabled:
                 self._to_learn.append(row)
         if named:
             self.methods.adaptation.labelled(*zip(*named, strict=True))
@@ -310,6 +312,7 @@ class Core:
             self._roll_back()
         self.freeze.see(decision.action)
         if self.freeze.on:
+            self.counts["frozen_labels"] += len(self._to_learn)
             self._to_learn.clear()
 
     def _roll_back(self) -> None:
@@ -321,6 +324,7 @@ class Core:
         self.methods.adaptation.learned(before, parameters)
         self.counts["resets"] -= 1
         self.counts["rollbacks"] += 1
+        self.audit.rolled_back(self.step)
 
     @property
     def unfinished(self) -> bool:

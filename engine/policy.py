@@ -212,8 +212,8 @@ class Release(Section):
     every: Annotated[int, Field(ge=0)] = 500
     """Joined labels between two attempts; 0 never attempts."""
     freeze_after: Annotated[int, Field(ge=0, le=1000)] = 5
-    """Rollbacks among the last attempts (twice as many, and none of them a release) after which nothing adapts or
-    learns any more and the release answers as it is, until the policy changes; 0 for never."""
+    """So many rollbacks within twice as many attempts, without a release between them, and nothing adapts or learns any
+    more: the release answers as it is until the policy changes. 0 for never."""
 
 
 class Checkpoint(Section):

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
+UNKNOWN = -1
+"""Stands for no answer among the classes of an `AuditWindow`."""
 BISECTIONS = 60
 """Halvings of [0, 1] for a confidence bound: below the resolution of a double."""
 

@@ -298,7 +298,7 @@ class AuditWindow:
         inputs: ``(N, *shape)`` on the model's device.
         labels: ``(N,)`` int64 on the CPU.
         source: ``(N,)`` int64 on the CPU: classes that the source model predicts.
-        live: ``(N,)`` int64 on the CPU: classes that the daemon answered at the time.
+        live: ``(N,)`` int64 on the CPU: classes that the daemon answered at the time; -1 where that was rolled back.
         release: ``(N,)`` int64 on the CPU: classes that the current release predicts.
     """
 

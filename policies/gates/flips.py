@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pydantic import Field
 
 from policies.flips import (
+    UNKNOWN,
     FlipCounts,
     accuracy_gain_lower_bound,
     count_flips,
@@ -14,10 +15,16 @@ from policies.flips import (
     rows_needed,
     worse_e_value,
 )
-from policies.interfaces import Action, AuditWindow, Candidate, Context, Decision, Evidence, Gate, MethodParams
-
-UNKNOWN = -1
-"""Stands for no answer in a window's predictions."""
+from policies.interfaces import (
+    Action,
+    AuditWindow,
+    Candidate,
+    Context,
+    Decision,
+    Evidence,
+    Gate,
+    MethodParams,
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ import torch
 
 from engine.audit import Audit, held_out
 from engine.host import Inputs
+from policies.flips import UNKNOWN
 from streams.join import Joined
 
 CPU = torch.device("cpu")
@@ -67,6 +68,28 @@ def test_an_empty_window_has_no_accuracy() -> None:
     assert made.flips() == (0.0, 0.0)
     assert len(made.window()) == 0
     assert made.window().inputs.shape == (0, 2)
+
+
+def test_what_was_answered_before_a_rollback_is_no_evidence_for_another() -> None:
+    made = filled(4)
+    made.rolled_back(7)
+    made.add([row(4, 1, 0)._replace(step=6), row(5, 1, 1)._replace(step=7)], *2 * [torch.ones(2, dtype=torch.int64)])
+    made.add([row(6, 1, 1)._replace(step=-1)], *2 * [torch.ones(1, dtype=torch.int64)])
+    assert made.window().live.tolist() == [UNKNOWN] * 5 + [1, 1]
+    assert made.accuracies()["live"] == pytest.approx(4 / 7), "as it was answered"
+    again = audit()
+    again.load_state_dict(made.state_dict())
+    again.add([row(7, 1, 0)._replace(step=6)], *2 * [torch.ones(1, dtype=torch.int64)])
+    assert again.window().live.tolist() == [UNKNOWN] * 5 + [1, 1, UNKNOWN]
+
+
+def test_a_state_from_before_rollbacks_were_heard_of_is_taken_over() -> None:
+    state = filled(4).state_dict()
+    del state["rolled_back_at"]
+    made = audit()
+    made.load_state_dict(state | {"classes": state["classes"][:, :4]})
+    made.add([row(4, 1, 1)], *2 * [torch.ones(1, dtype=torch.int64)])
+    assert made.window().live.tolist() == [1, 0, 1, 0, 1]
 
 
 def test_a_new_release_is_judged_on_the_same_rows() -> None:

@@ -1,3 +1,4 @@
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -8,8 +9,19 @@ from engine.audit import held_out
 from engine.core import Core
 from engine.freeze import Freeze
 from engine.host import clone
-from policies.interfaces import Action, Batch, Decision, Evidence, Gate, Safeguard, Verdict, Weights
-from tests.engine.cores import choice, drive, events, feedback, make_core
+from policies.interfaces import (
+    Action,
+    Adaptation,
+    Batch,
+    Decision,
+    Evidence,
+    Gate,
+    Outcome,
+    Safeguard,
+    Verdict,
+    Weights,
+)
+from tests.engine.cores import choice, drive, events, feedback, make_core, rows, tiny_model
 
 
 def same(a: Weights, b: Weights) -> bool:
@@ -273,29 +285,100 @@ def test_feedback_that_carries_its_inputs_is_audited_by_what_the_live_weights_an
     assert accuracies["live"] == accuracies["source"] == accuracies["release"]
 
 
-def test_frozen_it_answers_as_the_release_and_neither_adapts_nor_learns_nor_attempts() -> None:
-    core = make_core(
-        choice("adaptation", "tent", lr=0.05),
-        choice("safeguard", "replay", capacity=64),
-        choice("interpolation", "linear"),
-        choice("gate", "flips", budget=0.2),
-    )
-    core.methods.gate = RollingBack(RollingBack.Params(), core.methods.adaptation.context)
-    core.settings = replace(core.settings, release_every=16)
+class Heard(Adaptation):
+    """Answers as the live model, and notes what is asked of it."""
+
+    name = "heard"
+    calls: list[str]
+
+    def _adapt(self, batch: Batch) -> torch.Tensor:
+        self.calls.append("adapt")
+        logits: torch.Tensor = self.context.model(batch.inputs)
+        return logits
+
+    def update(self) -> Outcome | None:
+        self.calls.append("update")
+        return Outcome(True)
+
+    def labelled(self, ids: Sequence[str], labels: Sequence[int], groups: Sequence[str | None]) -> None:
+        self.calls.append("labelled")
+
+
+class Watching(Safeguard):
+    name = "watching"
+    calls: list[str]
+
+    def verdict(self, batch: Batch, logits: torch.Tensor) -> Verdict:
+        self.calls.append("verdict")
+        return Verdict.KEEP
+
+    def observe(self, batch: object) -> None:
+        self.calls.append("observe")
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_frozen_it_answers_as_the_release_and_asks_nothing_of_any_method(background: bool) -> None:
+    core = make_core(choice("interpolation", "linear"), choice("gate", "flips"), background=background)
+    context = core.methods.adaptation.context
+    adaptation, safeguard = Heard(Heard.Params(), context), Watching(Watching.Params(), context)
+    calls = adaptation.calls = safeguard.calls = []
+    core.methods.adaptation, core.methods.safeguards = adaptation, (safeguard,)
+    parts = core.host, core.methods, core.learner, core.audit, core.joins
+    core = Core(replace(core.settings, release_every=16), *parts)  # it looks at what its methods hear
+    core.methods.gate = RollingBack(RollingBack.Params(), context)
     core.freeze = Freeze(core.host, 2)
-    drive(core, range(30))
-    assert core.freeze.on
-    steps, counts = core.step, core.counts.copy()
-    drive(core, range(30, 40))
-    assert core.counts["rollbacks"] == 2
-    assert core.step == steps
-    assert core.counts["updates.learning"] == counts["updates.learning"]
-    assert core.counts["labels"] > counts["labels"], "they are audited all the same"
-    assert not core.unfinished or not core.job
-    core.finish()
-    assert core.step == steps
-    answers = core.answer(events(400, 8))
-    core.follow()
-    rows = torch.stack([torch.frombuffer(bytearray(event.inputs), dtype=torch.float32) for event in events(400, 8)])
-    expected = core.host.source(rows).softmax(1).numpy()
-    np.testing.assert_allclose(answers.probabilities, expected, rtol=1e-5)
+    number = 0
+    while not core.freeze.on:
+        drive(core, range(number, number + 3))  # in the background, two of them are deferred
+        number += 3
+        if core.job is not None:
+            core.learner.run(core.job)
+            core.done()
+        assert number < 60
+    assert set(calls) >= {"adapt", "update", "labelled", "verdict", "observe"}
+    assert not core._to_learn
+    before, counts = (core.step, len(core.audit)), core.counts.copy()
+    calls.clear()
+    drive(core, range(60, 70))
+    while core.job is not None or core.unfinished:
+        core.make_job()
+        if core.job is None:
+            core.finish()
+        else:
+            core.learner.run(core.job)
+            core.done()
+    assert not calls
+    assert core.step == before[0]
+    assert len(core.audit) > before[1]
+    assert core.counts["rollbacks"] == counts["rollbacks"] == 2
+    assert core.counts["frozen_labels"] > counts["frozen_labels"]
+    batch = events(1600, 8)
+    inputs = torch.stack([torch.frombuffer(bytearray(event.inputs), dtype=torch.float32) for event in batch])
+    expected = core.host.source(inputs).softmax(1).numpy()
+    np.testing.assert_allclose(core.answer(batch).probabilities, expected, rtol=1e-5)
+
+
+def test_one_incident_is_rolled_back_once_and_freezes_nothing() -> None:
+    model = tiny_model()
+    x = torch.from_numpy(rows(50_000, 2048))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    for _ in range(60):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(x), x[:, :3].argmax(1)).backward()
+        optimizer.step()
+    model.zero_grad()
+    core = make_core(choice("interpolation", "linear"), choice("gate", "flips"), release_every=60, lr=0.02, model=model)
+    core.freeze = Freeze(core.host, 3)
+    drive(core, range(10))
+    for number in range(10, 14):
+        for sign in (-1, 1):
+            with torch.no_grad():
+                for parameter in core.host.live.parameters():
+                    parameter.mul_(-1)
+            if sign < 0:
+                drive(core, [number])
+    assert core.counts["rollbacks"] <= 1
+    drive(core, range(14, 140))
+    assert sum(count for name, count in core.counts.items() if name.startswith("decisions")) > 20
+    assert core.counts["rollbacks"] == 1
+    assert not core.freeze.on
