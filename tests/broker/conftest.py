@@ -13,7 +13,6 @@ import pytest
 from kafka import KafkaAdminClient, errors
 from kafka.admin import NewTopic
 
-from streams.base import StreamUnavailableError
 from streams.clients import source_of
 from streams.kafka import KafkaSettings
 from tests.broker.helpers import (
@@ -26,6 +25,7 @@ from tests.broker.helpers import (
     SinkFactory,
     TopicFactory,
     named_for,
+    patiently,
     sink_on,
 )
 from tests.broker.node import BrokerMissingError, Node, jars
@@ -38,6 +38,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.path.is_relative_to(HERE):
             item.add_marker(pytest.mark.broker)
             item.add_marker(pytest.mark.timeout(400))  # several waits of a test may be long on a slow disk
+    items.sort(key=_turn)
+
+
+def _turn(item: pytest.Item) -> tuple[bool, bool]:
+    """Brokers are killed first, since one that has many topics takes long to come back; tests without daemons are last.
+
+    Those are short, so that workers end together.
+    """
+    here = item.path.is_relative_to(HERE)
+    kills = "broker" in getattr(item, "fixturenames", ())
+    return here and not kills, here and item.path.stem.startswith("test_kafka")
 
 
 @pytest.fixture(scope="session")
@@ -124,15 +135,8 @@ def source(settings: KafkaSettings) -> Iterator[Opened]:
 
     def make(*topics: str, keeper: Keeper | None = None, group: str | None = None, shared: bool = False) -> AnySource:
         made.append(source_of(topics, settings, group=group, assignment="group" if shared else "static"))
-        deadline = time.monotonic() + LIMIT
-        while True:
-            try:
-                made[-1].open(keeper or Keeper())
-            except StreamUnavailableError:  # a broker that has just started may coordinate no group yet
-                assert time.monotonic() < deadline, "the broker coordinates no group"
-                time.sleep(0.1)
-            else:
-                return made[-1]
+        patiently(lambda: made[-1].open(keeper or Keeper()))
+        return made[-1]
 
     yield make
     for one in made:
@@ -145,7 +149,7 @@ def sink(settings: KafkaSettings) -> Iterator[SinkFactory]:
 
     def make(topic: str, **options: Any) -> AnySink:
         made.append(sink_on(topic, settings, **options))
-        made[-1].open()
+        patiently(made[-1].open)
         return made[-1]
 
     yield make

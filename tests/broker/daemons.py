@@ -115,8 +115,10 @@ def build():
     return Slow()
 """
 
-QUICK_GROUP: dict[str, int] = {"session_timeout_ms": 3000, "heartbeat_interval_ms": 300}
-"""Members are missed after seconds, not after the usual 45."""
+GROUP: dict[str, int] = {"session_timeout_ms": 12_000, "heartbeat_interval_ms": 300}
+"""A member hears of a rebalance at once, and is missed only where a machine stood still for long."""
+MISSED_SOON = {"session_timeout_ms": 3000}
+"""For a test that waits until a group misses a member that was killed, or until a member misses its broker."""
 
 
 @dataclass
@@ -150,7 +152,7 @@ class Topics:
 
 
 def extra_of(client: str, extra: Mapping[str, int]) -> str:
-    settings = named_for(client, {**QUICK_GROUP, **extra})
+    settings = named_for(client, {**GROUP, **extra})
     return f"streams.kafka.extra={{{', '.join(f'{key}: {value}' for key, value in settings.items())}}}"
 
 
@@ -220,7 +222,7 @@ class Process:
             if found is None:
                 raise OSError("it does not listen yet")
             self._address = found[1]
-        with urllib.request.urlopen(self._address + page, timeout=5) as answer:
+        with urllib.request.urlopen(self._address + page, timeout=LIMIT / 3) as answer:
             return str(answer.read().decode())
 
     def status(self) -> dict[str, Any]:
@@ -245,7 +247,7 @@ class Process:
             else:
                 if done(status):
                     return status
-            time.sleep(0.02)
+            time.sleep(0.05)
         raise AssertionError(f"not within {limit:g} s; last status {status}; log {self.words}")
 
     def send(self, sign: signal.Signals) -> None:
@@ -379,10 +381,18 @@ def committed(admin: KafkaAdminClient, group: str) -> dict[Partition, int]:
     return {(tp.topic, tp.partition): at.offset for tp, at in offsets.items()}
 
 
-def ends(settings: KafkaSettings, *topics: str) -> dict[Partition, int]:
-    consumer = KafkaConsumer(bootstrap_servers=list(settings.bootstrap_servers))
+def ends(settings: KafkaSettings, *topics: str, isolation_level: str = "read_uncommitted") -> dict[Partition, int]:
+    consumer = KafkaConsumer(bootstrap_servers=list(settings.bootstrap_servers), isolation_level=isolation_level)
     try:
         partitions = [TopicPartition(topic, n) for topic in topics for n in consumer.partitions_for_topic(topic)]
         return {(tp.topic, tp.partition): end for tp, end in consumer.end_offsets(partitions).items()}
     finally:
         consumer.close()
+
+
+def until_no_transaction_is_open(settings: KafkaSettings, topic: str) -> None:
+    """Wait until readers of committed records get to the end, as they do when what was begun has ended or expired."""
+    deadline = time.monotonic() + LIMIT
+    while ends(settings, topic) != ends(settings, topic, isolation_level="read_committed"):
+        assert time.monotonic() < deadline, f"a transaction stays open in {topic}"
+        time.sleep(0.1)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from kafka import KafkaAdminClient
 from kafka.admin import NewTopic
 
-from streams.base import Found, Message, Partition, Positions, Record
+from streams.base import Found, Message, Partition, Positions, Record, StreamUnavailableError
 from streams.clients import client_of, sink_of
 from streams.confluent_sink import ConfluentClient, ConfluentSink
 from streams.confluent_source import ConfluentSource
@@ -22,6 +22,7 @@ AnySink = KafkaSink | ConfluentSink
 Opened = Callable[..., AnySource]
 SinkFactory = Callable[..., AnySink]
 TopicFactory = Callable[..., str]
+T = TypeVar("T")
 
 LIMIT = 90.0
 """Seconds after which a test gives up; only a hang takes them, or a broker that recovers its logs on a slow disk."""
@@ -60,6 +61,18 @@ class Keeper:
         self.on_revoked()
         self.owned.difference_update(partitions)
         self.log.append(("lost" if lost else "revoked", sorted(partitions)))
+
+
+def patiently(action: Callable[[], T]) -> T:
+    """Try until the cluster can: a broker that has just started coordinates no group yet, a busy one takes its time."""
+    deadline = time.monotonic() + LIMIT
+    while True:
+        try:
+            return action()
+        except StreamUnavailableError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
 
 
 def write(sink: AnySink, count: int, first: int = 0) -> None:

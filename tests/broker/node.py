@@ -54,6 +54,9 @@ listener.name.mutual.ssl.keystore.password=changeit
 listener.name.mutual.ssl.truststore.location=${home}/client.pem
 listener.name.mutual.ssl.truststore.type=PEM
 listener.name.mutual.ssl.client.auth=required
+
+# Transactions that have expired are looked for twice a second, not every ten seconds.
+transaction.abort.timed.out.transaction.cleanup.interval.ms=500
 """
 """Appended to the template, whose lines it overrides.
 

@@ -19,6 +19,7 @@ from streams.codec import Form, encode_event, encode_feedback
 from streams.kafka import KafkaSettings
 from tests.broker.daemons import (
     CONVOLUTIONS,
+    MISSED_SOON,
     POLICY,
     SLOW,
     Daemon,
@@ -176,7 +177,7 @@ def test_a_killed_broker_is_waited_for_by_name_and_nothing_is_lost(
     topic: TopicFactory, sink: SinkFactory, daemons: Any, settings: KafkaSettings, broker: Node, admin: KafkaAdminClient
 ) -> None:
     topics, count = Topics.make(topic, partitions=2), 600
-    life = daemons(topics).start()
+    life = daemons(topics).start(extra=MISSED_SOON)
     events, feedback = sink(topics.data), sink(topics.feedback)
     send(events, small_events(0, count))
     life.until(lambda status: status["events"] == count)
@@ -212,7 +213,7 @@ def test_a_broker_that_goes_while_a_backlog_is_answered_costs_no_answer(
 ) -> None:
     topics, count = Topics.make(topic, partitions=2), 6000
     send(sink(topics.data), small_events(0, count))
-    life = daemons(topics).start()
+    life = daemons(topics).start(extra=MISSED_SOON)
     life.until(lambda status: status["events"] > 200)
     broker.kill()
     try:
@@ -243,7 +244,7 @@ def test_a_broker_that_comes_late_is_waited_for(
     send(sink(topics.data), small_events(0, 20))
     broker.kill()
     try:
-        life = daemons(topics).start("streams.kafka.timeout=0.5")
+        life = daemons(topics).start("streams.kafka.timeout=2")
         status = life.until(lambda status: "no broker at" in status["waiting_for"])
         assert status["state"].startswith("starting")
     finally:
@@ -320,7 +321,7 @@ def test_a_daemon_whose_partitions_went_on_without_it_reads_on_where_the_other_s
         reached = ends(settings, topics.data)
         life.until(lambda _: committed(admin, topics.group).items() >= reached.items())
 
-    life = first.start("checkpoint.every=1h")
+    life = first.start("checkpoint.every=1h", extra=MISSED_SOON)
     send_and_commit(0)
     life.kill()
     life = second.start()

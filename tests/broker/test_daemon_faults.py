@@ -167,7 +167,6 @@ def as_guest(broker: Node, tmp_path: Path) -> list[str]:
         "sasl_plain_username": GUEST,
         "sasl_plain_password_file": tmp_path / "guest",
         "ssl_cafile": broker.authority,
-        "timeout": 3,
     }
     return [f"streams.kafka.{key}={value}" for key, value in section.items()]
 

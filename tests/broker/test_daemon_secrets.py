@@ -31,7 +31,6 @@ def by_password(broker: Node, secret: Path) -> dict[str, object]:
         "sasl_plain_username": USER,
         "sasl_plain_password_file": secret,
         "ssl_cafile": broker.authority,
-        "timeout": 2,
     }
 
 
@@ -43,7 +42,6 @@ def by_certificate(broker: Node, secret: Path) -> dict[str, object]:
         "ssl_certfile": broker.certificate,
         "ssl_keyfile": broker.key,
         "ssl_password_file": secret,
-        "timeout": 2,
     }
 
 
@@ -105,8 +103,9 @@ def test_a_secret_that_is_wrong_ends_the_start_with_a_sentence_that_does_not_hol
 ) -> None:
     assert callable(section)
     (tmp_path / "secret").write_text(WRONG)
-    patch = "import engine.daemon; engine.daemon.START_SECONDS = 2.0"
-    life = daemon.start(*flags(section(broker, tmp_path / "secret")), "log.level=debug", before=patch)
+    patch = "import engine.daemon; engine.daemon.START_SECONDS = 10.0"
+    chosen = [*flags(section(broker, tmp_path / "secret")), "streams.kafka.timeout=2", "log.level=debug"]
+    life = daemon.start(*chosen, before=patch)
     assert life.wait() in (69, 78), life.words
     last = life.words.strip().splitlines()[-1]
     assert last.startswith("adaptd: ")

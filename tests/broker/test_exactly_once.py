@@ -19,6 +19,7 @@ from kafka import KafkaAdminClient, OffsetAndMetadata, TopicPartition
 from streams.base import Message
 from streams.kafka import KafkaSettings
 from tests.broker.daemons import (
+    MISSED_SOON,
     Daemon,
     Process,
     Topics,
@@ -28,6 +29,7 @@ from tests.broker.daemons import (
     send,
     small_events,
     small_feedback,
+    until_no_transaction_is_open,
 )
 from tests.broker.helpers import LIMIT, AnySink, SinkFactory, TopicFactory
 from tests.broker.node import Node
@@ -35,7 +37,7 @@ from tests.broker.node import Node
 KILLS = int(os.environ.get("ADAPTD_BROKER_KILLS", "3"))
 SEED = int(os.environ.get("ADAPTD_CRASH_SEED", "0"))
 FLAGS = ("delivery=exactly_once", "checkpoint.every=300ms")
-AWAY_SECONDS = 22.0
+AWAY_SECONDS, AWAY_TIMEOUT = 8.0, 3
 """Longer than twice what any question to a cluster may take, so that some are given up and others are under way."""
 
 SIGNAL = """
@@ -180,7 +182,7 @@ def test_a_broker_that_is_killed_in_the_middle_of_transactions_costs_no_answer_a
     topics = Topics.make(topic)
     daemon = daemons(topics)
     events = sink(topics.data)
-    life = daemon.start(*FLAGS)
+    life = daemon.start(*FLAGS, extra=MISSED_SOON)
     life.until(lambda status: status["state"] != "starting")
     count = 0
     for _ in range(2):
@@ -197,7 +199,7 @@ def test_a_broker_that_is_away_for_long_ends_no_daemon_and_each_answer_is_there_
 ) -> None:
     topics = Topics.make(topic)
     events = sink(topics.data)
-    life = daemons(topics).start(*FLAGS)
+    life = daemons(topics).start(*FLAGS, f"streams.kafka.timeout={AWAY_TIMEOUT}", extra=MISSED_SOON)
     send(events, small_events(0, 600))
     life.until(lambda status: status["events"] > 100)  # so that a transaction is under way
     broker.kill()
@@ -216,8 +218,8 @@ def test_of_two_daemons_one_is_killed_and_the_other_goes_on_where_it_was(
 ) -> None:
     topics = Topics.make(topic, 2)
     events = sink(topics.data)
-    flags = (*FLAGS, "streams.kafka.timeout=2")
-    one, two = daemons(topics, "one").start(*flags), daemons(topics, "two").start(*flags)
+    flags = (*FLAGS, "streams.kafka.timeout=3")
+    one, two = (daemons(topics, name).start(*flags, extra=MISSED_SOON) for name in ("one", "two"))
     for life in (one, two):
         life.until(lambda status: status["state"] == "waiting for records")
     count = 0
@@ -235,12 +237,11 @@ def test_a_daemon_that_stood_still_until_its_transaction_expired_goes_on(
 ) -> None:
     topics = Topics.make(topic)
     events = sink(topics.data)
-    life = daemons(topics).start(
-        *FLAGS, "streams.kafka.timeout=2", before=at(settings.client, "commit_transaction", 2, "SIGSTOP")
-    )
+    stopping = at(settings.client, "commit_transaction", 2, "SIGSTOP")
+    life = daemons(topics).start(*FLAGS, "streams.kafka.timeout=3", before=stopping, extra=MISSED_SOON)
     life.until(lambda status: status["state"] == "waiting for records")
     count = send_until_stopped(events, life)
-    time.sleep(14)
+    until_no_transaction_is_open(settings, topics.predictions)
     life.send(signal.SIGCONT)
     settle(settings, topics, count, life)
     assert "transaction_again" in life.words
@@ -283,9 +284,9 @@ def test_a_zombie_that_has_nothing_to_do_ends_with_a_sentence_as_well(
 
 
 LOSSES = {
-    "refused by the group": ("send_offsets_to_transaction", 10, True),
-    "committed late": ("commit_transaction", 10, False),
-    "expired": ("commit_transaction", 2, True),
+    "refused by the group": ("send_offsets_to_transaction", 20, True),
+    "committed late": ("commit_transaction", 20, False),
+    "expired": ("commit_transaction", 3, True),
 }
 """What becomes of the transaction, and for that: where its process stops, `streams.kafka.timeout`, and whether until
 another has answered what the transaction holds, or only until the group has given that away."""
@@ -304,8 +305,9 @@ def test_partitions_that_are_lost_in_an_open_transaction_are_answered_once_and_t
     topics = Topics.make(topic, 2)
     events = sink(topics.data)
     flags = (*FLAGS, f"streams.kafka.timeout={timeout}")
-    loser = daemons(topics, "loser").start(*flags, before=at(settings.client, call, 3, "SIGSTOP"))
-    heir = daemons(topics, "heir").start(*flags)
+    stopping = at(settings.client, call, 3, "SIGSTOP")
+    loser = daemons(topics, "loser").start(*flags, before=stopping, extra=MISSED_SOON)
+    heir = daemons(topics, "heir").start(*flags, extra=MISSED_SOON)
     for life in (loser, heir):
         life.until(lambda status: len(status["partitions"]) == 2)
     count = send_until_stopped(events, loser)

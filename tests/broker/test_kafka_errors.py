@@ -19,6 +19,7 @@ from tests.broker.helpers import (
     Keeper,
     fresh_group,
     named_for,
+    patiently,
     poll_until,
     read,
     sink_on,
@@ -60,7 +61,7 @@ def settings(mock: Mock, client: str) -> KafkaSettings:
     extra: dict[str, Any] = named_for(client, {"heartbeat_interval_ms": 300, "retry_backoff_ms": 50})
     if client == "kafka-python":
         extra["api_version"] = API_VERSION
-    given = {"bootstrap_servers": mock.bootstrap, "client": client, "timeout": 3.0, "extra": extra}
+    given = {"bootstrap_servers": mock.bootstrap, "client": client, "extra": extra}
     return KafkaSettings.model_validate(given)
 
 
@@ -74,8 +75,9 @@ def name(mock: Mock) -> str:
 
 @pytest.fixture
 def sink(settings: KafkaSettings, name: str) -> Iterator[AnySink]:
-    made = sink_on(name, settings)
-    made.open()
+    # The mock cluster does not say how large a message may be, and librdkafka waits for that as long as it may.
+    made = sink_on(name, settings.model_copy(update={"timeout": 0.5}))
+    patiently(made.open)
     yield made
     made.close()
 

@@ -14,6 +14,7 @@ from tests.broker.helpers import (
     SinkFactory,
     TopicFactory,
     fresh_group,
+    patiently,
     poll_until,
     read,
     sink_on,
@@ -56,9 +57,9 @@ def test_an_outage_is_told_not_fatal_and_a_member_goes_on_after_it(
     topic: TopicFactory, settings: KafkaSettings, source: Opened, sink: SinkFactory, broker: Node
 ) -> None:
     name, group, keeper = topic(2), fresh_group(), Keeper()
-    brief = settings.model_copy(update={"timeout": 0.5})
+    brief = settings.model_copy(update={"timeout": 1.0})
     hasty = sink_on(name, brief)
-    hasty.open()
+    patiently(hasty.open)
     out = sink(name)
     reader = source(name, keeper=keeper, group=group, shared=True)
     write(out, 10)

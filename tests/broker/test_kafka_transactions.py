@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,7 @@ from streams.clients import client_of, sink_of, source_of, transactions_of
 from streams.group_transactions import GroupTransactions
 from streams.kafka import KafkaSettings
 from streams.kafka_note import read_note
-from tests.broker.daemons import everything
+from tests.broker.daemons import everything, until_no_transaction_is_open
 from tests.broker.helpers import (
     AnySink,
     AnySource,
@@ -25,6 +25,7 @@ from tests.broker.helpers import (
     TopicFactory,
     fresh_group,
     named_for,
+    patiently,
     poll_until,
     read,
     write,
@@ -71,8 +72,14 @@ class Place:
 
 
 @pytest.fixture
-def place(topic: TopicFactory, bootstrap: str, client: str) -> Place:
-    given = {"bootstrap_servers": bootstrap, "allow_insecure": True, "client": client, "timeout": 2}
+def timeout() -> float:
+    """Seconds for an answer; transactions expire after half as much again."""
+    return 10.0
+
+
+@pytest.fixture
+def place(topic: TopicFactory, bootstrap: str, client: str, timeout: float) -> Place:
+    given = {"bootstrap_servers": bootstrap, "allow_insecure": True, "client": client, "timeout": timeout}
     settings = KafkaSettings.model_validate(given | {"extra": named_for(client, QUICK)})
     return Place(topic(1, "data"), topic(1, "out"), topic(1, "letters"), fresh_group(), settings)
 
@@ -88,7 +95,7 @@ def member(place: Place) -> Iterator[Members]:
         transactions = transactions_of(client, source, group=place.group, owner=name)
         sink, letters = (sink_of(topic, client) for topic in (place.out, place.letters))
         made.append(Member(source, sink, letters, transactions))
-        source.open(keeper)
+        patiently(lambda: source.open(keeper))
         if joined:
             poll_until([source], lambda: bool(keeper.owned))
         return made[-1]
@@ -168,12 +175,13 @@ def test_what_was_not_committed_is_never_seen_and_is_sent_again(place: Place, me
     assert (place.seen(), place.buried()) == ([b"a again"], [])
 
 
+@pytest.mark.parametrize("timeout", [2.0])
 def test_a_transaction_that_expired_is_made_again(place: Place, member: Members) -> None:
     one = member()
     ready(one)
     one.transactions.begin()
     one.send(b"late", 1)
-    time.sleep(14)  # the cluster looks for transactions older than 3 s every 10 s
+    until_no_transaction_is_open(place.settings, place.out)
     with pytest.raises(StreamUnavailableError):
         one.transactions.commit({(place.data, 0): 1}, None, 10)
     poll_until([one.source], lambda: True)
@@ -184,17 +192,18 @@ def test_a_transaction_that_expired_is_made_again(place: Place, member: Members)
 
 
 class Late:
-    """A producer whose commits are done and not heard of in time."""
+    """A producer whose commits are done and not heard of until ``told``."""
 
-    def __init__(self, producer: Any) -> None:
+    def __init__(self, producer: Any, told: threading.Event) -> None:
         self._producer = producer
+        self._told = told
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._producer, name)
 
     def commit_transaction(self, *arguments: float) -> None:
         self._producer.commit_transaction(*arguments)
-        time.sleep(3)
+        self._told.wait()
 
 
 def test_a_commit_that_happened_and_was_not_heard_of_is_found_out(
@@ -202,12 +211,13 @@ def test_a_commit_that_happened_and_was_not_heard_of_is_found_out(
 ) -> None:
     one = member()
     ready(one)
-    shared = one.transactions._client
-    monkeypatch.setattr(type(one.transactions), "_producer", property(lambda _: Late(shared.producer)))
+    shared, told = one.transactions._client, threading.Event()
+    monkeypatch.setattr(type(one.transactions), "_producer", property(lambda _: Late(shared.producer, told)))
     one.transactions.begin()
     with pytest.raises(StreamUnavailableError, match="no answer from the cluster"):
-        one.transactions.commit(one.send(b"a", 5), None, 2)
+        one.transactions.commit(one.send(b"a", 5), None, 4)
     assert one.transactions.recover() == {(place.data, 0): 5}
+    told.set()
     assert place.seen() == [b"a"]
 
 

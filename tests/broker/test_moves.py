@@ -15,6 +15,7 @@ from kafka import KafkaAdminClient
 
 from streams.kafka import KafkaSettings
 from tests.broker.daemons import (
+    MISSED_SOON,
     SLOW,
     Daemon,
     Process,
@@ -27,7 +28,7 @@ from tests.broker.daemons import (
     small_events,
     small_feedback,
 )
-from tests.broker.helpers import AnySink, SinkFactory, TopicFactory
+from tests.broker.helpers import LIMIT, AnySink, SinkFactory, TopicFactory
 
 CHURN_SECONDS = float(os.environ.get("ADAPTD_CHURN_SECONDS", "15"))
 LABEL_COUNTS = ("joined", "late", "orphan", "overflow")
@@ -57,7 +58,7 @@ def test_labels_of_events_that_another_answered_are_joined_where_the_partition_i
 ) -> None:
     topics, count = Topics.make(topic, partitions=2), 600
     events, feedback = sink(topics.data), sink(topics.feedback)
-    first = daemons(topics, "first").start()
+    first = daemons(topics, "first").start(extra=MISSED_SOON)
     send(events, small_events(0, count))
     send(feedback, small_feedback(0, 200))
     first.until(lambda status: (status["events"], status["labels"]) == (count, 200))
@@ -157,7 +158,7 @@ def test_while_two_daemons_come_and_go_everything_is_answered_and_every_label_is
         time.sleep(0.05)
     churn.finish()
     reached = ends(settings, topics.data, topics.feedback)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + LIMIT
     while committed(admin, topics.group) != reached:
         assert time.monotonic() < deadline, [member.look() for member in members]
         time.sleep(0.2)
@@ -178,15 +179,15 @@ def test_a_step_longer_than_the_poll_interval_costs_no_partition_and_no_answer(
     topic: TopicFactory, sink: SinkFactory, daemons: Any, settings: KafkaSettings
 ) -> None:
     topics = Topics.make(topic, partitions=2)
-    slow = SLOW.replace("0.05", "0.05 if len(x) < 8 else 4")
-    extra = {"session_timeout_ms": 2000, "heartbeat_interval_ms": 300, "max_poll_interval_ms": 2000}
+    slow = SLOW.replace("0.05", "0.05 if len(x) < 8 else 5")
+    extra = {"session_timeout_ms": 3500, "max_poll_interval_ms": 3500}
     daemon = daemons(topics, "first", model=slow)
-    life = daemon.start("learning.mode=inline", "batching.max_delay=1s", extra=extra)
+    life = daemon.start("learning.mode=inline", "batching.max_delay=60s", extra=extra)
     life.until(lambda status: len(status["partitions"]) == 4)
     started = time.monotonic()
     send(sink(topics.data), small_events(0, 16))
     life.until(lambda status: status["events"] == 16)
-    assert time.monotonic() - started > 4
-    assert "partitions_" not in life.words, "two steps of four seconds, and the group never missed it"
+    assert time.monotonic() - started > 5
+    assert "partitions_" not in life.words, "steps of five seconds, and the group never missed it"
     assert life.terminate() == 0, life.words
     assert len(answers(settings, topics)[0]) == 16

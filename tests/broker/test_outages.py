@@ -16,6 +16,7 @@ from kafka import KafkaAdminClient
 
 from streams.kafka import KafkaSettings
 from tests.broker.daemons import (
+    MISSED_SOON,
     Daemon,
     Process,
     Topics,
@@ -62,7 +63,7 @@ def test_killed_under_load_again_and_again_the_broker_costs_no_answer_no_order_a
 ) -> None:
     topics, started, memory = daemon.topics, time.monotonic(), []
     events, feedback = sink(topics.data), sink(topics.feedback)
-    life = daemon.start("checkpoint.every=2s")
+    life = daemon.start("checkpoint.every=2s", extra=MISSED_SOON)
     waited = []
     for round_ in range(OUTAGES):
         first = round_ * PER_ROUND

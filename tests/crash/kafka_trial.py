@@ -11,9 +11,9 @@ from kafka import KafkaAdminClient, KafkaProducer
 
 from streams.base import Partition
 from streams.kafka import KafkaSettings
-from tests.broker.daemons import Topics, committed, ends, everything
+from tests.broker.daemons import MISSED_SOON, Topics, committed, ends, everything, extra_of
+from tests.broker.helpers import LIMIT
 from tests.crash import verifier, workload
-from tests.crash.sweep import LIMIT
 from tests.crash.verifier import Findings, truth_of
 from tests.crash.workload import Workload
 from tests.crash.zygote import Life, Zygote
@@ -56,6 +56,7 @@ class KafkaTrial:
         self.lives += 1
         flags = [
             *self.topics.flags(self.settings.bootstrap_servers[0], self.settings.client),
+            extra_of(self.settings.client, MISSED_SOON),
             f"delivery={self.delivery}",
         ]
         arguments = [part for flag in flags for part in ("--set", flag)]
