@@ -2,12 +2,14 @@
 
     python -m benchmarks.label_free [--streams NAMES ...] [--methods NAMES ...] [--quick]
 
-After each window of 64 rows the estimate (`policies.label_free`) is compared with the true error of the model's own
-answers, smoothed in the same way: once with ``ln K`` as the entropy of answers that have not collapsed, once with the
-mean of the stream's windows so far, and for auto as it chooses between them. ``falls`` counts alarms of a fall of the
-estimated accuracy, ``false_falls`` those where the true accuracy had not fallen as much; ``low_windows`` is the longest
-run of windows below the floor relative to what is estimated for the source model on the same stream. A stream is a name
-of `benchmarks.tta_streams`, with changes after a colon. Labels are only counted with.
+After each window of 64 rows that is looked at, one of ``every``, the estimate (`policies.label_free`) is compared with
+the true error of the model's own answers, smoothed in the same way: once with ``ln K`` as the entropy of answers that
+have not collapsed, once with the mean of the stream's windows so far, and for auto as it chooses between them.
+``falls`` counts alarms of a fall of the estimated accuracy, ``false_falls`` those where the true accuracy had not
+fallen as much; ``low_windows`` is the longest run of those looked at below the floor relative to what is estimated for
+the source model on the same stream, whether auto was adapting or not, and ``lowest_percent`` the lowest accuracy
+estimated, beside that floor. ``given_up`` counts how often auto went back to the source model. A stream is a name of
+`benchmarks.tta_streams`, with changes after a colon. Labels are only counted with.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ from benchmarks.results import BENCH, Report, parser
 from benchmarks.tta_cells import batches, build, prepare
 from benchmarks.tta_streams import Spec, load, spec_of
 from policies.adaptation.auto import Auto
-from policies.label_free import ENTRIES, LabelFreeError, accuracy_floor, has_fallen, smoothed_error
+from policies.features import found_linear_head
+from policies.label_free import ENTRIES, LabelFreeError, accuracy_floor, has_fallen, smoothed_error, windows_apart
 
 STREAMS = (
     "correlated:per_class=30",
@@ -85,9 +88,9 @@ class Series:
         if not self.estimated:
             return {"absent": "the head is not what answers"}
         apart = [mine - true for mine, true in zip(self.estimated, self.true, strict=True)]
-        longest = run = 0
+        longest, run, floor = 0, 0, accuracy_floor(classes, source)
         for error in self.estimated:
-            run = run + 1 if 1 - error < accuracy_floor(classes, source) else 0
+            run = run + 1 if 1 - error < floor else 0
             longest = max(longest, run)
         falls, false = self.falls()
         return {
@@ -97,6 +100,8 @@ class Series:
             "falls": falls,
             "false_falls": false,
             "low_windows": longest,
+            "lowest_percent": round(100 * (1 - max(self.estimated)), 1),
+            "floor_percent": round(100 * floor, 1),
         }
 
 
@@ -111,6 +116,8 @@ def measured(name: str, spec: Spec, bench: Path) -> dict[str, Any]:
     images = stream.inputs.dim() == 4
     source = stream.source.to(memory_format=torch.channels_last) if images else stream.source
     method = build(name, source, stream.classes, spec.seed, [0])
+    head = found_linear_head(method.context.model, stream.classes)
+    every = 1 if head is None else windows_apart(head, method.context.model)
     estimates = {"ln_k": LabelFreeError(method.context, WINDOW), "long_run": LabelFreeError(method.context, WINDOW)}
     series = {key: Series() for key in (*estimates, *(["auto"] if isinstance(method, Auto) else []))}
     first, wrong, rows, errors = First(method.context.model), 0, 0, []
@@ -129,12 +136,14 @@ def measured(name: str, spec: Spec, bench: Path) -> dict[str, Any]:
             continue
         for key, estimate in estimates.items():
             estimate.look(correlated=key == "long_run", usual=True)
-            series[key].add(estimate.error, wrong / rows)
-        if isinstance(method, Auto):
+            if len(errors) % every == 0:
+                series[key].add(estimate.error, wrong / rows)
+        if isinstance(method, Auto) and len(errors) % every == 0:
             series["auto"].add(finite(method.gauges["estimated_error"]), wrong / rows)
         errors.append(wrong / rows)
         wrong = rows = 0
-    return {"windows": len(errors), "error_percent": round(100 * fmean(errors), 1), "series": series}
+    row = {"windows": len(errors), "every": every, "error_percent": round(100 * fmean(errors), 1), "series": series}
+    return row | ({"given_up": int(method.gauges["falls"])} if isinstance(method, Auto) else {})
 
 
 def compared(spec: Spec, methods: tuple[str, ...], bench: Path) -> dict[str, Any]:

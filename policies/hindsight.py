@@ -99,6 +99,7 @@ class Question:
         licensed: Whether ``on`` is in force because labels say so.
         vetoes: How often labels have ended ``on``; each doubles the wealth that it takes for labels to call for it.
         resting: Windows for which ``on`` is not taken up again without labels.
+        silent: Windows looked at since a row was judged last; many before the first.
         why: The reason of the last decision.
     """
 
@@ -118,7 +119,7 @@ class Question:
         self._square = 0.0
         self.licensed = False
         self.vetoes = self.resting = 0
-        self._silent = FRESH
+        self.silent = FRESH
         self.why = ""
 
     def __len__(self) -> int:
@@ -141,7 +142,7 @@ class Question:
         if window > self._window:
             self._close()
             self._window = window
-        self._silent = 0
+        self.silent = 0
         self.compared += 1
         if label not in (on, off):
             return
@@ -169,7 +170,7 @@ class Question:
 
     def decide(self, on: bool) -> bool | None:
         """What is to be in force after one more window where ``on`` is or is not; None where labels leave it open."""
-        self._silent += 1
+        self.silent += 1
         self.resting = max(0, self.resting - 1)
         better, worse = (wager.wealth for wager in self._wagers)
         self.why = f"labels: {self.won:.3g} of the rows that one way alone had right, of {self.compared} compared"
@@ -178,7 +179,7 @@ class Question:
             self.vetoes += 1
             self.licensed = False
             return False
-        if self._silent > FRESH:
+        if self.silent > FRESH:
             return self._unheard()
         if better >= self._called_for:
             self.licensed |= not on
@@ -196,7 +197,7 @@ class Question:
     def state_dict(self) -> State:
         """All numbers, and the rows remembered, the oldest first."""
         counts = [self._window, self._won, self._lost, self.compared, self._decided]
-        counts += [int(self.licensed), self.vetoes, self.resting, self._silent]
+        counts += [int(self.licensed), self.vetoes, self.resting, self.silent]
         rows = [[name, *found] for name, found in self._rows.items()]
         purses = [list(wager.purses) for wager in self._wagers]
         return {"rows": rows, "purses": purses, "counts": counts, "means": [self.won, self._square]}
@@ -207,7 +208,7 @@ class Question:
         for wager, purses in zip(self._wagers, state["purses"], strict=True):
             wager.purses = list(map(float, purses))
         self._window, self._won, self._lost, self.compared, self._decided, *rest = map(int, state["counts"])
-        licensed, self.vetoes, self.resting, self._silent = rest
+        licensed, self.vetoes, self.resting, self.silent = rest
         self.licensed = bool(licensed)
         self.won, self._square = map(float, state["means"])
 

@@ -82,6 +82,16 @@ class Switches(dict[str, Switch]):
         for switch in self.values():
             switch.reset()
 
+    @property
+    def changes(self) -> dict[str, int]:
+        """How often each has changed."""
+        return {name: switch.changes for name, switch in self.items()}
+
+    @changes.setter
+    def changes(self, changes: Mapping[str, int]) -> None:
+        for name, switch in self.items():
+            switch.changes = changes[name]
+
     def state_dict(self) -> dict[str, dict[str, int]]:
         """The state of each."""
         return {name: switch.state_dict() for name, switch in self.items()}

@@ -165,6 +165,11 @@ class StreamView:
         differing = math.nan if self._disagreement is None else self._disagreement
         self.gauges |= self.estimate.gauges | {"disagreement": differing}
 
+    def count_falls(self, falls: int) -> None:
+        """Go on counting falls of the estimated accuracy from there, after a reset."""
+        self.estimate.falls = falls
+        self._show_errors()
+
     def _new_shift(self, width: int) -> FeatureShift:
         return FeatureShift(width, reference=self._params.reference, memory=self._params.reference // 2)
 

@@ -50,8 +50,9 @@ class Auto(Adaptation):
 
     The floor: once steps have been made, a sample of rows is answered by the source model too. Where the live model has
     collapsed beside it (`policies.safeguards.collapse`), everything returns to the source model for ``rest`` windows,
-    twice as long each time; and so it does where, while adapting and no labels come, the accuracy estimated without any
-    (`policies.label_free`) is next to guessing or half of the source model's on this stream, ``patience`` times.
+    twice as long each time; and so it does where, while adapting, with more than two classes, the accuracy estimated
+    without labels (`policies.label_free`) is next to guessing or half of the source model's on this stream,
+    ``patience`` times, unless in as many windows a label has judged a row that was answered both ways.
 
     Shapes: inputs ``(B, *shape)`` to logits ``(B, K)``; where answers are corrected, the logarithms of posteriors.
 
@@ -62,7 +63,8 @@ class Auto(Adaptation):
     without finite logits are left out of it. Models without BatchNorm have no statistics to try: they count as adapting
     while their features have moved from those of the first rows. Models without any normalisation layer take no steps.
 
-    Cost: one forward, one of 32 rows for a probe, and of 64 rows a window eleven passes through the classifier. While
+    Cost: one forward, one of 32 rows for a probe, and once answers are out, of 64 rows in one to four windows, eleven
+    passes through the classifier (`policies.label_free`, which draws random numbers only once). While
     adapting, two sums over each BatchNorm layer's input, one more forward for one batch in 16 (two more once steps were
     made), and one backward for each step. While labels arrive, one row in eight goes through twice.
     """
@@ -256,7 +258,7 @@ class Auto(Adaptation):
         self._see_adapting()
         self._see_bunching()
         useless = self._adapting and self._view.estimate.low >= self.params.patience
-        if useless and not self._hindsight.arriving:
+        if useless and self._hindsight.adapting.silent > self.params.patience:
             self._fall(f"the error of answers is estimated at {self._view.gauges['estimated_error']:.3g}")
         self._publish()
 
@@ -330,10 +332,10 @@ class Auto(Adaptation):
         """Return to the source model, and stay there for a while."""
         falls = self._falls + 1
         _log.warning("adaptation 'auto': back to the source model, as %s (fall %d)", why, falls)
-        counts = {name: switch.changes for name, switch in self._switches.items()}
+        changes, fallen = self._switches.changes, self._view.estimate.falls
         self.reset()
-        for name, switch in self._switches.items():
-            switch.changes = counts[name]
+        self._switches.changes = changes
+        self._view.count_falls(fallen)
         self._falls = falls
         self._rest = self.params.rest * 2 ** min(falls - 1, 10)
         self._publish()
@@ -344,7 +346,7 @@ class Auto(Adaptation):
         if self._adapting and not len(self._statistics):  # no trials are made; the floor compares some rows
             self.gauges["disagreement"] = 1 - self._floor.gauges.get("agreement", math.nan)
         self.gauges |= {
-            "changes": sum(switch.changes for switch in self._switches.values()) + self._falls,
+            "changes": sum(self._switches.changes.values()) + self._falls,
             "resting": self._rest,
             "falls": self._falls,
             "drift": self._statistics.drift(),

@@ -39,7 +39,7 @@ class PerGroup(Adaptation):
     Deviations: a method that changes parameters is refused, as these are shared by all groups. Of more than ``groups``
     groups, those unused for longest are forgotten, and start from the source model if they come again. Buffers of the
     live model stay as they are, so a release holds no group's statistics. Gauges are means over the groups that
-    show them.
+    show them, NaN once none does any more.
 
     Cost: that of the method, in as many forwards a batch as it has groups.
 
@@ -102,7 +102,7 @@ class PerGroup(Adaptation):
         self._shown: dict[str | None, dict[str, int]] = {}
         self._sums: Counter[str] = Counter()
         self._showing: Counter[str] = Counter()
-        self.gauges = {"groups": 0, "evictions": 0}
+        self.gauges = dict.fromkeys(self.gauges, math.nan) | {"groups": 0, "evictions": 0}
 
     def _make(self) -> Adaptation:
         """The method on a model with the live model's parameters and buffers of its own."""
@@ -153,7 +153,10 @@ class PerGroup(Adaptation):
         for group in groups:
             if group in self._held:
                 self._show(group, self._held[group].gauges)
-        means = {name: self._sums[name] * _UNIT / count for name, count in sorted(self._showing.items()) if count}
+        means = {
+            name: self._sums[name] * _UNIT / count if count else math.nan  # or the last value would go on being shown
+            for name, count in sorted(self._showing.items())
+        }
         self.gauges = means | {"groups": len(self._held), "evictions": self.gauges["evictions"]}
 
     def _show(self, group: str | None, gauges: Mapping[str, float]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -238,21 +239,65 @@ def test_answers_estimated_to_be_of_no_use_end_adapting(source: nn.Module, caplo
     assert method.gauges["estimated_error"] < 0.2
     changed_to_one_class(method.context.model)
     with caplog.at_level(logging.WARNING, logger="policies"):
-        errors(method, stream(12, 1.2, 0, seed=2))
+        fell = next(number for number in range(32) if told(method, number, every=0))
+    assert fell < 24
     assert method.gauges["falls"] == 1
     assert method.gauges["resting"] > 0
     assert same_weights(weights_of(method.context.model), weights_of(source))
     assert ["estimated at" in record.message for record in caplog.records] == [True]
 
 
-def test_while_labels_arrive_they_judge_and_the_estimate_does_not(source: nn.Module) -> None:
+def told(method: Adaptation, number: int, every: int) -> bool:
+    """One batch, and labels of every so-many-th batch where ``every`` is not 0; whether all has been given up.
+
+    The labels are of a class that neither way has answered: rows are judged by them, but nothing is decided.
+    """
+    batch, _ = next(iter(stream(1, 1.2, 0, seed=100 + number)))
+    batch = replace(batch, ids=tuple(f"{number}-{row}" for row in range(len(batch))))
+    method.adapt(batch)
+    if every and number % every == 0:
+        method.labelled(batch.ids, [CLASSES] * len(batch), [None] * len(batch))
+    method.update()
+    return bool(method.gauges["falls"])
+
+
+@pytest.mark.parametrize(("every", "judged"), [(1, True), (64, False)])
+def test_labels_judge_instead_of_the_estimate_only_while_they_come_for_rows_answered_both_ways(
+    source: nn.Module, every: int, judged: bool
+) -> None:
     method = auto(source, every=0)
     errors(method, stream(20, 1.2, 0))
     changed_to_one_class(method.context.model)
-    method.labelled(["nobody"], [0], [None])
-    errors(method, stream(12, 1.2, 0, seed=2))
-    assert method.gauges["falls"] == 0
-    assert method.gauges["estimated_error"] > 0.6
+    fallen = [told(method, number, every) for number in range(28)]
+    assert any(fallen) is not judged
+    if judged:
+        assert method.gauges["labels_adapting"] > 0
+        assert method.gauges["adapting"]
+        assert method.gauges["estimated_error"] > 0.6
+
+
+def test_labels_of_rows_that_nobody_answered_leave_the_estimate_to_judge(source: nn.Module) -> None:
+    method = auto(source, every=0)
+    errors(method, stream(20, 1.2, 0))
+    changed_to_one_class(method.context.model)
+    for number in range(28):
+        method.labelled(["nobody"], [0], [None])
+        if told(method, number, every=0):
+            return
+    pytest.fail("labels that say nothing have switched the guard off")
+
+
+def test_a_fall_leaves_what_is_counted_as_it_was(source: nn.Module) -> None:
+    method = auto(source, every=0)
+    method._view.count_falls(3)  # type: ignore[attr-defined]
+    errors(method, stream(20, 1.2, 0))
+    before = dict(method.gauges)
+    method._fall("it was told to")  # type: ignore[attr-defined]
+    assert before["accuracy_falls"] >= 3
+    assert method.gauges["accuracy_falls"] == before["accuracy_falls"]
+    assert method.gauges["changes"] == before["changes"] + 1
+    method.reset()
+    assert method.gauges["accuracy_falls"] == 0
 
 
 def test_a_state_from_before_there_was_an_estimate_goes_on(source: nn.Module) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
 
 import pytest
@@ -98,8 +99,14 @@ def test_what_a_group_shows_is_looked_at_when_it_has_a_batch_and_what_is_no_numb
     drive(method, [two])
     assert method.gauges["shown"] == 55.0
     assert "strange" not in method.gauges
+    for name in ("tenant-1", "tenant-2"):
+        held(method)[name].gauges = {"shown": float("nan")}
+    drive(method, [one, two])
+    assert math.isnan(method.gauges["shown"]), "the last value would go on being exported"
     method.reset()
-    assert method.gauges == {"groups": 0, "evictions": 0}
+    shown = {name: value for name, value in method.gauges.items() if not math.isnan(value)}
+    assert shown == {"groups": 0, "evictions": 0}
+    assert "shown" in method.gauges
 
 
 def test_a_restored_run_goes_on_as_before() -> None:
