@@ -13,7 +13,7 @@ Quix Streams and Bytewax. All of them leave their client as it comes; ``confluen
 librdkafka that fetches on as soon as there is room, where by default it pauses for a second whenever 100,000 records
 wait. Backlogs of the binary form are longer, so that such pauses, and the start, are a small share. The loops neither
 join nor journal nor checkpoint nor measure, check nothing that they read, and commit offsets without waiting for their
-answers; adaptd does all of that, with one event in a hundred labelled and a checkpoint every five seconds, in batches
+answers; adaptd does all of that, with up to 1 GB of events that wait for labels, one in a hundred labelled and a checkpoint every five seconds, in batches
 of up to 512, as the loops poll, or of what 5 ms bring. The loops parse JSON with the standard library; adaptd and Quix
 Streams with orjson. Part ``costs`` takes away, or adds, one thing at a time. Part ``latency`` writes records at half of
 each of adaptd's rates (or at ``--rate``), for adaptd and then for the bare loop with its client, and compares the
@@ -75,7 +75,7 @@ streams:
 {feedback}
   predictions: {{kafka: {answers}, format: {form}}}
 batching: {{max_size: 512, max_delay: 5ms}}
-join: {{mode: {join}}}
+join: {{mode: {join}, max_bytes: {memory}}}
 adaptation: {{method: {adaptation}}}
 learning: {{enabled: {learning}}}
 checkpoint: {{every: {checkpoint}}}
@@ -85,6 +85,7 @@ metrics: {{enabled: {metrics}, port: 0}}
 COSTS: dict[str, dict[str, str]] = {
     "as_in_rates": {},
     "no_joins": {"join": "inline"},
+    "joins_mostly_on_disk": {"memory": "32MB"},
     "no_metrics": {"metrics": "false"},
     "no_checkpoints": {"checkpoint": "1h"},
     "none_of_these": {"join": "inline", "metrics": "false", "checkpoint": "1h"},
@@ -143,7 +144,7 @@ class Bench:
         """Write a policy with a state directory and a group of its own."""
         self.runs += 1
         values = {"model": "build", "join": "store", "adaptation": "none", "learning": "false", "metrics": "true"}
-        values |= {"checkpoint": "5s", "labels": "few"} | changes
+        values |= {"checkpoint": "5s", "labels": "few", "memory": "1GB"} | changes
         topic = self.labels[form].get(values["labels"])
         path = self.directory / f"run-{self.runs}.yaml"
         values |= {
