@@ -13,11 +13,11 @@ Quix Streams and Bytewax. All of them leave their client as it comes; ``confluen
 librdkafka that fetches on as soon as there is room, where by default it pauses for a second whenever 100,000 records
 wait. Backlogs of the binary form are longer, so that such pauses, and the start, are a small share. The loops neither
 join nor journal nor checkpoint nor measure, check nothing that they read, and commit offsets without waiting for their
-answers; adaptd does all of that, with up to 1 GB of events that wait for labels, one in a hundred labelled and a checkpoint every five seconds, in batches
-of up to 512, as the loops poll, or of what 5 ms bring. The loops parse JSON with the standard library; adaptd and Quix
-Streams with orjson. Part ``costs`` takes away, or adds, one thing at a time. Part ``latency`` writes records at half of
-each of adaptd's rates (or at ``--rate``), for adaptd and then for the bare loop with its client, and compares the
-broker's stamps of record and answer.
+answers; adaptd does all of that, with up to 1 GB of events that wait for labels, one in a hundred labelled, and a
+checkpoint every five seconds, in batches of up to 512, as the loops poll, or of what 5 ms bring. The loops parse JSON
+with the standard library; adaptd and Quix Streams with orjson. Part ``costs`` takes away, or adds, one thing at a time.
+Part ``latency`` writes records at half of each of adaptd's rates (or at ``--rate``), for adaptd and then for the bare
+loop with its client, and compares the broker's stamps of record and answer.
 
 Quix Streams and Bytewax need an interpreter that has them: ``--peers``. What is missing is skipped, and the result
 says why.
@@ -51,7 +51,7 @@ PARTS = ("rates", "costs", "latency")
 TARGET_SHARE = 0.8
 LABEL_EVERY = 100
 RECORDS = {"json": 150_000, "binary": 300_000}
-"""Of a backlog. What waits for labels still fits into the memory that joins have by default."""
+"""Of a backlog."""
 
 MODEL = """\
 from torch import nn
