@@ -37,6 +37,7 @@ CREATE INDEX by_time ON waiting (time);
 """
 _SIZES = (1, 8, 64, 512)
 _MOST = 2048
+_COLUMNS = 6
 # Lists of parameters come in few lengths, so that every statement is compiled once. They hold much, as the interpreter
 # is given away for every step of a statement, and who then has it keeps it for milliseconds.
 _BY_IDS = {n: f"SELECT seq, cost, entry FROM waiting WHERE id IN ({','.join('?' * n)})" for n in _SIZES}  # noqa: S608
@@ -68,11 +69,11 @@ def row_bytes(id_size: int, entry_size: int) -> int:
     return (share + id_size + 32) * 3 // 2
 
 
-def _parts(rows: Sequence[T]) -> Iterator[Sequence[T]]:
-    """Yield rows in parts of the lengths that there are statements for."""
+def _parts(rows: Sequence[T], most: int) -> Iterator[Sequence[T]]:
+    """Yield rows in parts of the lengths that there are statements for, none longer than ``most``."""
     at = 0
     while at < len(rows):
-        size = next(size for size in (_MOST, *reversed(_SIZES)) if size <= len(rows) - at)
+        size = next(size for size in (_MOST, *reversed(_SIZES)) if size <= min(most, len(rows) - at))
         yield rows[at : at + size]
         at += size
 
@@ -94,6 +95,8 @@ class Spill:
             self._connection = self._open()
         except (OSError, sqlite3.Error) as error:
             raise self._failed("made", error) from error
+        # Some builds of SQLite take no more than 999.
+        self._variables = self._connection.getlimit(sqlite3.SQLITE_LIMIT_VARIABLE_NUMBER)
 
     def _open(self) -> sqlite3.Connection:
         self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -128,7 +131,7 @@ class Spill:
         rows = list(zip(numbers, keys, events.times, costs, events.partitions, entries, strict=True))
         try:
             with _Transaction(self._connection):
-                for part in _parts(rows):
+                for part in _parts(rows, self._variables // _COLUMNS):
                     self._connection.execute(_INSERT[len(part)], list(chain.from_iterable(part)))
         except sqlite3.Error as error:
             raise self._failed("kept", error) from error
@@ -150,8 +153,9 @@ class Spill:
 
     def _select(self, statements: dict[int, str], ids: Sequence[str]) -> Iterator[tuple[Any, ...]]:
         keys = [encode_id(name) for name in ids]
-        for first in range(0, len(keys), _SIZES[-1]):
-            part = keys[first : first + _SIZES[-1]]
+        most = max(size for size in _SIZES if size <= self._variables)
+        for first in range(0, len(keys), most):
+            part = keys[first : first + most]
             size = next(size for size in _SIZES if size >= len(part))
             part += part[-1:] * (size - len(part))
             try:
@@ -163,7 +167,7 @@ class Spill:
         """Remove rows, given as ``(seq, cost)``."""
         try:
             with _Transaction(self._connection):
-                for part in _parts(rows):
+                for part in _parts(rows, self._variables):
                     self._connection.execute(_DELETE[len(part)], [seq for seq, _ in part])
         except sqlite3.Error as error:
             raise self._failed("removed", error) from error

@@ -4,10 +4,13 @@ import math
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from streams.join import Joined, JoinError, JoinStore
+from streams.join_rows import WaitingRows
+from streams.join_spill import Spill
 from tests.streams.join_helpers import Feedback, counted, event, names
 
 
@@ -250,6 +253,29 @@ def test_full_disk_evicts_instead_of_stopping(spilling: JoinStore, tmp_path: Pat
     assert spilling.counts["spill_failed"] > 0
     assert spilling.pending + spilling.counts["evicted"] == 40
     assert spilling.bytes <= 8000
+
+
+@pytest.mark.parametrize("variables", [999, 250_000])
+def test_the_disk_takes_and_gives_as_many_rows_as_wanted_however_few_variables_a_statement_may_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variables: int
+) -> None:
+    connect = sqlite3.connect
+
+    def limited(path: Path, **options: Any) -> sqlite3.Connection:
+        connection: sqlite3.Connection = connect(path, **options)
+        connection.setlimit(sqlite3.SQLITE_LIMIT_VARIABLE_NUMBER, variables)
+        return connection
+
+    monkeypatch.setattr(sqlite3, "connect", limited)
+    spill, count = Spill(tmp_path), 3000
+    spill.put(WaitingRows.of([event(f"e{i}", 1.0) for i in range(count)]))
+    ids = [f"e{i}" for i in range(count + 1)]
+    assert spill.holds(ids) == set(ids[:count])
+    found = spill.find(ids)
+    assert set(found) == set(ids[:count])
+    spill.remove([(row.seq, row.cost) for row in found.values()][1:])
+    assert (spill.holds(ids), spill.count) == ({"e0"}, 1)
+    spill.close()
 
 
 def test_file_on_disk_is_removed_at_the_end_and_made_afresh(tmp_path: Path) -> None:
