@@ -34,7 +34,7 @@ from streams.journal_format import (
     runs_of,
     unpack_entry,
 )
-from streams.journal_sync import sync_ahead
+from streams.journal_sync import SyncAhead
 from streams.seams import failpoint
 
 __all__ = ["Entry", "Journal", "JournalError", "JournalUnavailableError", "Kind", "Run", "runs_of"]
@@ -74,7 +74,7 @@ class Journal:
         self._size = 0
         self._next: int | None = None
         self._is_new = False
-        self._lost: list[OSError] = []
+        self._ahead = SyncAhead()
 
     @property
     def next_sequence(self) -> int | None:
@@ -166,9 +166,8 @@ class Journal:
         if self._descriptor is None:
             return
         try:
-            if self._lost:
-                raise self._lost[0]
             os.fdatasync(self._descriptor)
+            self._ahead.check()
             if self._is_new:
                 _sync_directory(self._directory)
         except OSError as error:
@@ -179,7 +178,7 @@ class Journal:
 
     def ahead(self) -> Callable[[], None]:
         """Return what another thread may call to sync the entries so far, so that `start` has little to wait for."""
-        return sync_ahead(self._descriptor, self._lost)
+        return (lambda: None) if self._descriptor is None else self._ahead.of(self._path(self._step))
 
     def read(self, step: int, *, after: int | None = None) -> Iterator[Entry]:
         """Yield the entries of the segments from a step on, in order; the torn end of the last one is cut off.

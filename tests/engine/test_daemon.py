@@ -230,7 +230,7 @@ async def test_serving_goes_on_while_the_journal_is_synced_for_a_checkpoint(
     def ahead(_: Journal) -> Callable[[], None]:
         def sync() -> None:
             began.set()
-            assert release.wait(10)
+            assert release.wait(60)
 
         return sync
 

@@ -338,6 +338,51 @@ def test_an_error_of_syncing_ahead_is_told_by_the_sync_that_follows(
         journal.start(5)
 
 
+def test_an_error_that_only_a_sync_ahead_still_under_way_is_told_counts(
+    journal: Journal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(journal, 0, 0, 2)
+    began, release = threading.Event(), threading.Event()
+    ahead = threading.Thread(target=journal.ahead())
+
+    def sync(_: int) -> None:
+        if threading.current_thread() is not ahead:
+            release.set()
+            return
+        began.set()
+        assert release.wait(60)
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "fdatasync", sync)
+    ahead.start()
+    assert began.wait(60)
+    with pytest.raises(JournalError, match=r"cannot be synced: .*Input/output error; the journal is closed"):
+        journal.start(5)
+    ahead.join()
+    assert sorted(tmp_path.iterdir()) == [segment(tmp_path, 0)], "nothing goes on as if it were durable"
+
+
+def test_syncing_ahead_opens_the_file_anew_so_that_the_kernel_tells_an_error_to_both(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(journal, 0, 0, 2)
+    places: list[int] = []
+    monkeypatch.setattr(os, "fdatasync", lambda descriptor: places.append(os.lseek(descriptor, 0, os.SEEK_CUR)))
+    journal.ahead()()
+    journal.sync()
+    assert places[0] == 0, "nothing was written through this one"
+    assert places[1] > 0
+
+
+def test_syncing_ahead_passes_over_a_segment_that_is_gone(journal: Journal) -> None:
+    fill(journal, 0, 0, 2)
+    sync = journal.ahead()
+    journal.start(5)
+    assert journal.drop_before(5) == 1
+    sync()
+    journal.sync()
+
+
 def test_segment_is_synced_before_the_next_begins(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(journal, 0, 0, 2)
     synced: list[str] = []
