@@ -117,6 +117,7 @@ class Daemon:
                 for reader in self.readers:
                     reader.stop()
                 self.writer.abort()
+                self.runner.keeper.hurry.begin()
                 self.state = "stopped"
 
     async def handle_signals(self) -> None:
@@ -132,6 +133,7 @@ class Daemon:
         """Have `run` drain and return. Called on the event loop."""
         self._stopping = True
         self.runner.keeper.stopping.set()
+        self.runner.keeper.hurry.begin()
         self._wake.set()
         self._leaving.set()
 
@@ -240,7 +242,7 @@ class Daemon:
         if self._job is not None and self._job.is_set():
             await self._take_job()
             return True
-        if self.saver.due and self.core.job is None:
+        if self.saver.prepare() and self.core.job is None:
             await self.saver.save()
         if self._job is not None and self.core.deferred >= MAX_DEFERRED:
             self.state = "waiting for a background job"
@@ -312,7 +314,7 @@ class Daemon:
         """Take in the finished job, checkpoint if one is due, and start the next."""
         self._job = None
         await self.on_model(self.runner.done)
-        if self.saver.due:
+        if self.saver.prepare():
             await self.saver.save()
         await self.on_model(self.core.make_job)
         self._launch()
@@ -331,20 +333,21 @@ class Daemon:
         """
         if self._drained:
             return True
-        self._launch()
-        for event in (self._job, self.saver.under_way):
-            if event is not None and not await happens(event, deadline):
-                return False
-        await self._finish_job()
-        await self.saver.save()
-        saving = self.saver.under_way
-        if take is not None:
-            if saving is not None:
-                await saving.wait()
-            self.core = self.runner.core = await self.on_model(take)
-        await self.on_model(self.core.make_job)
-        self._launch()
-        return saving is None or await happens(saving, deadline)
+        with self.runner.keeper.hurry.while_waiting():
+            self._launch()
+            for event in (self._job, self.saver.under_way):
+                if event is not None and not await happens(event, deadline):
+                    return False
+            await self._finish_job()
+            await self.saver.save()
+            saving = self.saver.under_way
+            if take is not None:
+                if saving is not None:
+                    await saving.wait()
+                self.core = self.runner.core = await self.on_model(take)
+            await self.on_model(self.core.make_job)
+            self._launch()
+            return saving is None or await happens(saving, deadline)
 
     async def flush(self, limit: float = math.inf) -> bool:
         """Wait until every answer so far is out; whether ``limit`` seconds did. Raises as `Writer.wait_flushed`."""

@@ -31,6 +31,7 @@ from engine.errors import StorageError
 from policies.interfaces import State, load_weights
 from streams.base import Positions, StreamError
 from streams.journal import Entry, Journal, JournalUnavailableError
+from streams.pace import Hurry
 from streams.seams import CLOCK, Clock, failpoint
 
 BACKOFF_SECONDS = (0.05, 0.2, 0.5, 1.0, 2.0)
@@ -72,8 +73,10 @@ class Keeper:
         self.store = store
         self.journal = journal
         self.stopping = threading.Event()
-        """Set to wait for the disk no longer, and to write without rests."""
-        store.pause = self.stopping.wait
+        """Set to wait for the disk no longer."""
+        self.hurry = Hurry()
+        """Whether anybody waits for a checkpoint; it is written with rests while nobody does."""
+        store.pause = self.hurry.pause
         self.trouble = ""
         """What keeps the journal from being written, in words; empty while nothing does."""
         self._digest = digest
@@ -266,7 +269,7 @@ class Keeper:
             "membership": dict(membership or {}),
         }
         joins = core.joins.snapshot()
-        parts["join.bin"] = partial(joins.write, pause=self.stopping.wait)
+        parts["join.bin"] = partial(joins.write, pause=self.hurry.pause)
         failpoint("snapshot")
         try:
             self.journal.start(self.sequence)

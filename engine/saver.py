@@ -15,6 +15,9 @@ from streams.seams import CLOCK
 if TYPE_CHECKING:
     from engine.daemon import Daemon
 
+STALE_SECONDS = 1.0
+"""Age at which a sync of the journal is repeated, where a background job keeps a checkpoint back."""
+
 log = structlog.get_logger("adaptd")
 
 
@@ -38,25 +41,33 @@ class Saver:
         self.saved_at: float | None = None
         self.next = 0.0
         self.under_way: anyio.Event | None = None
-        self._synced: anyio.Event | None = None
+        self._sync: anyio.Event | None = None
+        self._stale = 0.0
+        self._ready = False
 
-    @property
-    def due(self) -> bool:
-        """Whether something has changed for long enough, and what the journal held when that was found is synced.
+    def prepare(self) -> bool:
+        """Where a checkpoint is due, have the journal synced beside serving, and again each second until it is saved.
 
         The copy of the state syncs it as well, but serving waits for that one.
-        """
-        keeper = self._daemon.runner.keeper
-        if keeper.sequence == keeper.saved_step or CLOCK.monotonic() < self.next or self.under_way is not None:
-            return False
-        if self._synced is None:
-            self._synced = anyio.Event()
-            self._daemon.beside(self._sync, keeper.journal.ahead(), self._synced)
-        return self._synced.is_set()
 
-    async def _sync(self, sync: Callable[[], None], synced: anyio.Event) -> None:
+        Returns:
+            Whether it is due and the first such sync has ended, so that it may be saved.
+        """
+        keeper, now = self._daemon.runner.keeper, CLOCK.monotonic()
+        if self.under_way is not None or self._daemon.cutter.replaying:
+            return False
+        if keeper.sequence == keeper.saved_step or now < self.next:
+            return False
+        if self._sync is None or (self._sync.is_set() and now >= self._stale):
+            self._sync, self._stale = anyio.Event(), now + STALE_SECONDS
+            self._daemon.beside(self._sync_ahead, keeper.journal.ahead(), self._sync)
+        return self._ready
+
+    async def _sync_ahead(self, sync: Callable[[], None], done: anyio.Event) -> None:
         await self._daemon.in_thread(sync)
-        synced.set()
+        done.set()
+        if done is self._sync:  # no checkpoint was saved meanwhile
+            self._ready = True
 
     async def save(self, *, wait: bool = False) -> None:
         """Copy the state now and write it beside serving, once everything it covers has been answered.
@@ -72,16 +83,18 @@ class Saver:
         if self.under_way is not None:
             if not wait:
                 return
-            await self.under_way.wait()
+            with keeper.hurry.while_waiting():
+                await self.under_way.wait()
         self.next = CLOCK.monotonic() + self.every
         if keeper.sequence == keeper.saved_step:
             return
-        self._synced = None
+        self._sync, self._ready = None, False
         snapshot = await daemon.on_model(daemon.runner.snapshot)
         self.under_way = done = anyio.Event()
         daemon.beside(self._write, snapshot, done)
         if wait:
-            await done.wait()
+            with keeper.hurry.while_waiting():
+                await done.wait()
 
     async def _write(self, snapshot: Snapshot, done: anyio.Event) -> None:
         daemon = self._daemon

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
-__all__ = ["Pace"]
+__all__ = ["Hurry", "Pace"]
 
 T = TypeVar("T")
 
@@ -14,6 +16,34 @@ _WORK_SECONDS = 0.001
 """Work between two rests: as long as another thread may have to wait for the interpreter."""
 _REST = 2.0
 """Length of a rest, in that of the work before it."""
+
+
+class Hurry:
+    """Whether anybody waits for long work, which rests no more then. Changed by one thread alone."""
+
+    def __init__(self) -> None:
+        self._waiting = 0
+        self._some = threading.Event()
+
+    def pause(self, seconds: float) -> bool:
+        """Wait so many seconds, at most until somebody waits for the work; whether somebody does."""
+        return self._some.wait(seconds)
+
+    @contextmanager
+    def while_waiting(self) -> Iterator[None]:
+        """Have no rests made inside."""
+        self.begin()
+        try:
+            yield
+        finally:
+            self._waiting -= 1
+            if not self._waiting:
+                self._some.clear()
+
+    def begin(self) -> None:
+        """Have no rests made from now on."""
+        self._waiting += 1
+        self._some.set()
 
 
 class Pace:

@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import anyio
@@ -23,6 +24,7 @@ from engine.writer import QUEUE_BATCHES
 from streams.base import Assignment, Message, Partition, Record, RefusedStreamError, StreamError, StreamUnavailableError
 from streams.journal import Entry, Journal, JournalError
 from streams.memory import MemorySink, MemorySource
+from streams.pace import Hurry
 from tests.engine.cores import choice, make_core
 from tests.engine.parts import (
     SIZE,
@@ -33,6 +35,7 @@ from tests.engine.parts import (
     kinds_of,
     memory,
     names,
+    resting,
     run,
     until,
 )
@@ -249,6 +252,76 @@ async def test_serving_goes_on_while_the_journal_is_synced_for_a_checkpoint(
             daemon.stop()
 
         await run(daemon, watch)
+
+
+async def test_the_journal_is_synced_again_while_a_job_keeps_a_checkpoint_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release, began, synced = threading.Event(), threading.Event(), list[int]()
+    learn = Learner.run
+
+    def slow(self: Learner, job: Job) -> None:
+        began.set()
+        assert release.wait(60)
+        learn(self, job)
+
+    monkeypatch.setattr(Learner, "run", slow)
+    monkeypatch.setattr(Journal, "ahead", lambda journal: partial(synced.append, journal.next_sequence))
+    monkeypatch.setattr("engine.saver.STALE_SECONDS", 0.0)
+    source = memory(8, bounded=False)
+    with daemon_on(tmp_path, source, core=make_core(background=True, audit_share=0.0)) as daemon:
+
+        async def watch(daemon: Daemon) -> None:
+            await until(began.is_set)
+            before = steps(tmp_path)
+            daemon.saver.next = 0.0
+            fill(source, 8, 4)
+            await until(lambda: daemon.core.counts["events"] == 12 and len(synced) >= 3)
+            last = daemon.runner.keeper.sequence
+            await until(lambda: synced[-1] == last + 1)
+            assert steps(tmp_path) == before
+            release.set()
+            await until(lambda: steps(tmp_path) != before)
+            daemon.stop()
+
+        await run(daemon, watch)
+
+
+async def test_a_checkpoint_is_written_with_rests_unless_somebody_waits_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    awaited: list[bool] = []
+    pause = Hurry.pause
+
+    def noted(self: Hurry, seconds: float) -> bool:
+        awaited.append(pause(self, seconds))
+        return awaited[-1]
+
+    monkeypatch.setattr(Hurry, "pause", noted)
+    monkeypatch.setattr("streams.pace._WORK_SECONDS", 0.0)
+    source = memory(16, bounded=False)
+    with daemon_on(tmp_path, source, core=make_core(background=False)) as daemon:
+
+        async def watch(daemon: Daemon) -> None:
+            await until(lambda: daemon.core.counts["feedback"] == 16 and resting(daemon))
+            assert set(awaited) == {True}, "the first one"
+            awaited.clear()
+            async with daemon.turn:
+                assert await daemon.settle()
+            assert set(awaited) == {True}, "one that the next batch waits for"
+            awaited.clear()
+            before = steps(tmp_path)
+            daemon.saver.next = 0.0
+            fill(source, 16, 4)
+            await until(lambda: steps(tmp_path) != before and daemon.saver.under_way is None)
+            assert set(awaited) == {False}
+            awaited.clear()
+            fill(source, 20, 4)
+            await until(lambda: daemon.core.counts["feedback"] == 24)
+            daemon.stop()
+
+        await run(daemon, watch)
+    assert set(awaited) == {True}, "the last one"
 
 
 async def test_serving_goes_on_when_a_checkpoint_fails_and_the_failure_is_counted(

@@ -1,8 +1,9 @@
 from __future__ import annotations
 
+import threading
 import time
 
-from streams.pace import Pace
+from streams.pace import Hurry, Pace
 
 
 def work(seconds: float) -> None:
@@ -37,3 +38,25 @@ def test_without_a_pause_nothing_rests() -> None:
     work(0.002)
     pace.rest()
     assert list(pace.over([1, 2])) == [1, 2]
+
+
+def test_a_hurry_ends_the_rest_under_way_and_those_after_it() -> None:
+    hurry = Hurry()
+    ended: list[bool] = []
+    worker = threading.Thread(target=lambda: ended.append(hurry.pause(60)))
+    worker.start()
+    with hurry.while_waiting():
+        worker.join()
+        with hurry.while_waiting():
+            pass
+        assert hurry.pause(60), "the other one still waits"
+    assert ended == [True]
+    assert not hurry.pause(0.001)
+
+
+def test_a_hurry_may_be_for_good() -> None:
+    hurry = Hurry()
+    hurry.begin()
+    with hurry.while_waiting():
+        pass
+    assert hurry.pause(60)
