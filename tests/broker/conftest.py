@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import os
-import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from kafka import KafkaAdminClient, errors
+from kafka import KafkaAdminClient
 from kafka.admin import NewTopic
 
 from streams.clients import source_of
 from streams.kafka import KafkaSettings
 from tests.broker.helpers import (
     CLIENTS,
-    LIMIT,
     AnySink,
     AnySource,
     Keeper,
     Opened,
     SinkFactory,
     TopicFactory,
+    made,
     named_for,
     patiently,
     sink_on,
@@ -101,15 +100,7 @@ def topic(admin: KafkaAdminClient) -> TopicFactory:
     def make(partitions: int = 1, name: str = "t", **configs: str) -> str:
         unique = f"{name}-{uuid.uuid4().hex[:12]}"
         settings = {key.replace("_", "."): value for key, value in configs.items()}
-        deadline = time.monotonic() + LIMIT
-        while True:
-            try:
-                admin.create_topics([NewTopic(unique, partitions, 1, topic_configs=settings)])
-                break
-            except errors.NodeNotReadyError:  # the test before may have killed the broker
-                assert time.monotonic() < deadline, "the broker takes no topics"
-                time.sleep(0.1)
-        admin.wait_for_topics([unique])
+        made(admin, NewTopic(unique, partitions, 1, topic_configs=settings))
         return unique
 
     return make
@@ -131,27 +122,27 @@ def settings(bootstrap: str, client: str) -> KafkaSettings:
 
 @pytest.fixture
 def source(settings: KafkaSettings) -> Iterator[Opened]:
-    made: list[AnySource] = []
+    opened: list[AnySource] = []
 
     def make(*topics: str, keeper: Keeper | None = None, group: str | None = None, shared: bool = False) -> AnySource:
-        made.append(source_of(topics, settings, group=group, assignment="group" if shared else "static"))
-        patiently(lambda: made[-1].open(keeper or Keeper()))
-        return made[-1]
+        opened.append(source_of(topics, settings, group=group, assignment="group" if shared else "static"))
+        patiently(lambda: opened[-1].open(keeper or Keeper()))
+        return opened[-1]
 
     yield make
-    for one in made:
+    for one in opened:
         one.close()
 
 
 @pytest.fixture
 def sink(settings: KafkaSettings) -> Iterator[SinkFactory]:
-    made: list[AnySink] = []
+    opened: list[AnySink] = []
 
     def make(topic: str, **options: Any) -> AnySink:
-        made.append(sink_on(topic, settings, **options))
-        patiently(made[-1].open)
-        return made[-1]
+        opened.append(sink_on(topic, settings, **options))
+        patiently(opened[-1].open)
+        return opened[-1]
 
     yield make
-    for one in made:
+    for one in opened:
         one.close()

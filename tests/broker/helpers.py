@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from kafka import KafkaAdminClient
+from kafka import KafkaAdminClient, errors
 from kafka.admin import NewTopic
 
 from streams.base import Found, Message, Partition, Positions, Record, StreamUnavailableError
@@ -99,6 +99,23 @@ def poll_until(sources: Sequence[AnySource], done: Callable[[], bool]) -> list[R
     return records
 
 
+def made(admin: KafkaAdminClient, topic: NewTopic) -> None:
+    """Make a topic, by a broker that may have been killed in the test before, or takes its time."""
+    deadline = time.monotonic() + LIMIT
+    while True:
+        try:
+            admin.create_topics([topic])
+        except errors.TopicAlreadyExistsError:
+            break  # an attempt that was not heard of
+        except errors.RetriableError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
+        else:
+            break
+    admin.wait_for_topics([topic.name], timeout_ms=round(LIMIT * 1000))
+
+
 def remade(admin: KafkaAdminClient, name: str) -> None:
     """Delete a topic and make another of its name."""
     admin.delete_topics([name])
@@ -106,8 +123,7 @@ def remade(admin: KafkaAdminClient, name: str) -> None:
     while name in admin.list_topics():
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    admin.create_topics([NewTopic(name, 1, 1)])
-    admin.wait_for_topics([name])
+    made(admin, NewTopic(name, 1, 1))
 
 
 def fresh_group() -> str:
