@@ -124,7 +124,7 @@ async def test_the_status_says_what_the_daemon_is_doing(tmp_path: Path) -> None:
         assert found["waiting"] == {"events": 0, "feedback": 0, "bytes": daemon.core.joins.bytes, "disk_bytes": 0}
         assert found["checkpoint"]["step"] == 0
         assert found["checkpoint"]["age_seconds"] >= 0
-        assert found["model"].keys() == {"release", "step", "alpha"}
+        assert found["model"].keys() == {"release", "step", "alpha", "frozen"}
         assert found["accuracy"].keys() <= {"source", "live", "release"}
 
     await served(tmp_path, memory(20, bounded=False), look)
