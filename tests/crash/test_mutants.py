@@ -88,8 +88,8 @@ MUTANTS = (
     Mutant(
         "answers that are not finite are not masked",
         "policies/interfaces.py",
-        "        good = logits.isfinite().all(1, keepdim=True)",
-        "        good = logits.isfinite().all(1, keepdim=True) | True",
+        "        if math.isfinite(logits.sum()):",
+        "        if True:",
         "tests/policies/test_conformance.py::test_huge_rows_are_survived",
     ),
     Mutant(
