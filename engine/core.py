@@ -111,7 +111,7 @@ class Core:
             groups=tuple(events.groups),
             now=self.clock.advance(events.times),
         )
-        logits = self.freeze.answer(batch.inputs) if self.freeze.on else self.methods.adaptation.adapt(batch)
+        logits = self.freeze.answer(batch) if self.freeze.on else self.methods.adaptation.adapt(batch)
         probabilities = logits.float().softmax(1).cpu().numpy()
         answers = Answers(events, probabilities.argmax(1), probabilities, self.release, self.step)
         self._batch = batch, logits, answers

@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 from collections import deque
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from engine.host import ModelHost
-from policies.interfaces import Action, load_weights
+from policies.adaptation.none import NoAdaptation
+from policies.interfaces import Action, Batch, Context, load_weights
+from policies.stepping import SafeStepper
 
 
 class Freeze:
@@ -23,12 +24,12 @@ class Freeze:
     def __init__(self, host: ModelHost, limit: int) -> None:
         self._host, self._limit = host, limit
         self._rolled_back: deque[bool] = deque(maxlen=2 * limit)
-        self._model: nn.Module | None = None
+        self._plain: NoAdaptation | None = None
 
     @property
     def on(self) -> bool:
         """Whether nothing adapts and nothing learns until the policy changes."""
-        return self._model is not None
+        return self._plain is not None
 
     @property
     def rollbacks(self) -> int:
@@ -43,12 +44,10 @@ class Freeze:
             self._rolled_back.append(action is Action.ROLL_BACK)
         self._look()
 
-    def answer(self, inputs: Tensor) -> Tensor:
-        """Logits ``(B, K)`` of the release for inputs ``(B, ...)``, while it is on."""
-        assert self._model is not None
-        with torch.no_grad():
-            logits: Tensor = self._model(inputs)
-        return logits
+    def answer(self, batch: Batch) -> Tensor:
+        """Logits ``(B, K)`` of the release, while it is on; guarded as those of any method."""
+        assert self._plain is not None
+        return self._plain.adapt(batch)
 
     def thaw(self) -> None:
         """Begin anew, under another policy."""
@@ -56,10 +55,14 @@ class Freeze:
 
     def _look(self) -> None:
         if not self._limit or self.rollbacks < self._limit:
-            self._model = None
-        elif self._model is None:
-            self._model = copy.deepcopy(self._host.scratch)
-            load_weights(self._model, self._host.release)
+            self._plain = None
+        elif self._plain is None:
+            host, model = self._host, copy.deepcopy(self._host.scratch)
+            load_weights(model, host.release)
+            context = Context(
+                model=model, source=host.source, num_classes=host.num_classes, seed=0, stepper=SafeStepper(())
+            )
+            self._plain = NoAdaptation(NoAdaptation.Params(), context)
 
     def state_dict(self) -> list[bool]:
         """Of the last attempts, which were rollbacks."""

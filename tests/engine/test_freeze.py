@@ -8,9 +8,13 @@ from torch import nn
 
 from engine.freeze import Freeze
 from engine.host import Inputs, ModelHost
-from policies.interfaces import Action
+from policies.interfaces import Action, Batch
 
 HOLD, BACK, PROMOTE = Action.HOLD, Action.ROLL_BACK, Action.PROMOTE
+
+
+def batch(x: torch.Tensor) -> Batch:
+    return Batch(ids=("a", "b"), inputs=x, times=torch.zeros(2, dtype=torch.float64), groups=(None, None), now=0.0)
 
 
 @pytest.fixture
@@ -54,7 +58,18 @@ def test_the_release_answers_whatever_becomes_of_the_live_model(host: ModelHost)
         for parameter in host.live.parameters():
             parameter.fill_(torch.nan)
     freeze.see(BACK)
-    assert torch.equal(freeze.answer(x), right)
+    assert torch.equal(freeze.answer(batch(x)), right)
+
+
+def test_a_row_that_is_not_finite_spoils_no_other(host: ModelHost) -> None:
+    freeze = Freeze(host, 1)
+    freeze.see(BACK)
+    x = torch.ones(2, 3)
+    right = host.source(x)
+    x[1] = torch.inf
+    logits = freeze.answer(batch(x))
+    assert torch.equal(logits[0], right[0])
+    assert torch.equal(logits[1], torch.zeros(2))
 
 
 def test_it_goes_on_in_the_next_process_until_it_is_thawed(host: ModelHost) -> None:
