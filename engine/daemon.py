@@ -1,7 +1,7 @@
 """The daemon: one task group that reads, answers, adapts, learns, checkpoints and drains.
 
-Threads: one for each source, one for the sinks, one that owns the model, one for background jobs, one for writing
-checkpoints. The event loop decides what happens next and never computes.
+Threads: one for each source, one for the sinks, one that owns the model, one for background jobs, one for checkpoints.
+The event loop decides what happens next and never computes.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import structlog
 from anyio import CapacityLimiter, to_thread
 from anyio.abc import TaskGroup
 
+from engine.affinity import Affinity
 from engine.core import MAX_DEFERRED, Core
 from engine.cutter import Cut, Cutter, ReplayError
 from engine.errors import RestartError, UnreachableError
@@ -54,6 +55,7 @@ class Daemon:
         writer: Writes answers.
         metrics: What is exported.
         checkpoint_every: Seconds between checkpoints.
+        affinity: Where threads run; without it, anywhere.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class Daemon:
         writer: Writer,
         metrics: Metrics,
         checkpoint_every: float,
+        affinity: Affinity | None = None,
     ) -> None:
         self.runner = runner
         self.core = runner.core
@@ -72,6 +75,7 @@ class Daemon:
         self.writer = writer
         self.metrics = metrics
         self.readers = list(readers)
+        self.affinity = affinity or Affinity(wanted=False)
         self.handover = Handover(self)
         self.turn = anyio.Lock()
         """Held for as long as something happens between two batches, or a batch does."""
@@ -107,6 +111,7 @@ class Daemon:
             tasks.start_soon(self._limit_draining, patience)
             try:
                 if await self._open():
+                    tasks.start_soon(self.affinity.keep)  # not before: the threads of clients shall run anywhere
                     for reader in self.readers:
                         tasks.start_soon(self.in_thread, reader.run, self.cutter.taken)
                     tasks.start_soon(self.in_thread, self.writer.run)
@@ -118,6 +123,7 @@ class Daemon:
                     reader.stop()
                 self.writer.abort()
                 self.runner.keeper.hurry.begin()
+                self.affinity.release()
                 self.state = "stopped"
 
     async def handle_signals(self) -> None:
@@ -305,7 +311,7 @@ class Daemon:
     async def _run_job(self, done: anyio.Event) -> None:
         assert self.core.job is not None
         try:
-            await to_thread.run_sync(self.core.learner.run, self.core.job, limiter=self._learning)
+            await to_thread.run_sync(self.affinity.apart, self.core.learner.run, self.core.job, limiter=self._learning)
         finally:  # whoever waits for it must not wait for ever where everything ends
             done.set()
             self._wake.set()

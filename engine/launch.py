@@ -16,6 +16,7 @@ import structlog
 
 import kernels
 from engine.admin import Admin, bind
+from engine.affinity import Affinity
 from engine.allocator import keep_freed_memory
 from engine.build import build_core, build_delivery, build_sources, spec_of
 from engine.checkpoint.disk import LocalDisk
@@ -33,7 +34,7 @@ from engine.logs import configure_logs
 from engine.methods import derive_seed
 from engine.metrics import Metrics
 from engine.outbox import CountedTransactions
-from engine.policy import Policy
+from engine.policy import Model, Policy
 from engine.policyfile import LoadedPolicy
 from engine.preflight import check
 from engine.reader import Reader
@@ -100,12 +101,7 @@ def _restore(keeper: Keeper, core: Core) -> tuple[Positions, list[Entry]]:
 
 
 def _daemon(
-    loaded: LoadedPolicy,
-    metrics: Metrics,
-    core: Core,
-    keeper: Keeper,
-    positions: Positions,
-    entries: list[Entry],
+    loaded: LoadedPolicy, metrics: Metrics, core: Core, keeper: Keeper, positions: Positions, entries: list[Entry]
 ) -> Daemon:
     policy = loaded.policy
     assert policy.streams is not None
@@ -120,6 +116,7 @@ def _daemon(
         writer=writer,
         metrics=metrics,
         checkpoint_every=policy.checkpoint.every,
+        affinity=Affinity(wanted=_together(policy.model, core.host.device.type)),
     )
     start, taken = _start(positions, daemon.runner.taken, entries)
     for source, carried in sources:
@@ -139,6 +136,13 @@ def _daemon(
         readers.append(reader)
     daemon.readers = readers
     return daemon
+
+
+def _together(model: Model, device: str) -> bool:
+    """Whether the threads that run Python are to share a processor."""
+    if model.affinity == "auto":
+        return device == "cpu" and model.threads == 1
+    return model.affinity == "one_processor"
 
 
 def covered(store: CheckpointStore) -> Positions:

@@ -78,6 +78,9 @@ class Model(Section):
     """Where to compute: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``."""
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """Threads of one tensor operation on the CPU; none leaves it to PyTorch."""
+    affinity: Literal["auto", "one_processor", "any"] = "auto"
+    """Where the threads that run Python may run: together on one processor, which changes where others need it; on
+    any; or ``auto``: on one where the model computes on the CPU with ``threads: 1``."""
     inputs: Inputs
     """How the inputs of records become what the model takes."""
     allowed_prefixes: tuple[Prefix, ...] = ()

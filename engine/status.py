@@ -39,6 +39,7 @@ def status(daemon: Daemon) -> dict[str, Any]:
         "state": daemon.state,
         "waiting_for": waiting_for(daemon),
         "uptime_seconds": round(now - daemon.started, 1),
+        "processor": daemon.affinity.processor,
         "events": core.counts["events"],
         "labels": core.counts["labels"],
         "dead_letters": daemon.runner.dead_letters,

@@ -31,6 +31,7 @@ STATUS_KEYS = {
     "state",
     "waiting_for",
     "uptime_seconds",
+    "processor",
     "events",
     "dead_letters",
     "labels",

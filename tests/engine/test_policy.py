@@ -16,7 +16,7 @@ from tests.engine.policies import BASE, KAFKA, write
 
 KEYS = """
 version preset state seed
-model.factory model.weights model.device model.threads model.allowed_prefixes
+model.factory model.weights model.device model.threads model.affinity model.allowed_prefixes
 model.inputs.shape model.inputs.dtype model.inputs.scale model.inputs.offset model.inputs.layout
 streams.kafka
 streams.data.kafka streams.data.file streams.data.follow

@@ -1,0 +1,243 @@
+"""Where threads run. Real threads and the real calls; only how busy processors are is told by the test."""
+
+from __future__ import annotations
+
+import _thread
+import json
+import os
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import anyio
+import pytest
+
+from engine import affinity
+from engine.affinity import LOOKS, Affinity, busy_seconds
+from engine.daemon import Daemon
+from engine.launch import run_policy
+from engine.policyfile import load
+from engine.status import status
+from tests.engine.test_restarts import MODEL
+
+POLICY = """\
+version: 1
+state: ./state
+model: {factory: "./model.py:build", device: cpu, inputs: {shape: [4]}}
+streams:
+  data: {file: ./events.jsonl, follow: true}
+  predictions: {file: ./answers.jsonl}
+adaptation: {method: none}
+metrics: {enabled: false}
+"""
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2,
+    reason="threads can be moved on Linux alone, and need two processors",
+)
+
+
+class Busy:
+    """How busy processors are by themselves, in seconds that go up with each look."""
+
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(os.sched_getaffinity(0), 0.0)
+        self.rates = dict.fromkeys(self.seconds, 0.0)
+
+    def __call__(self) -> dict[int, float]:
+        self.seconds = {p: spent + self.rates[p] for p, spent in self.seconds.items()}
+        return dict(self.seconds)
+
+
+@pytest.fixture
+def allowed() -> Iterator[set[int]]:
+    before = os.sched_getaffinity(0)
+    yield before
+    assert os.sched_getaffinity(0) == before, "the test has left this thread on some processors alone"
+
+
+@pytest.fixture
+def thread() -> Iterator[Callable[[Callable[[], None]], int]]:
+    """Starts threads that wait for the end of the test; gives their numbers."""
+    end = threading.Event()
+    started = list[threading.Thread]()
+
+    def start(begin: Callable[[], None]) -> int:
+        ready = threading.Event()
+
+        def run() -> None:
+            begin()
+            ready.set()
+            end.wait()
+
+        started.append(threading.Thread(target=run))
+        started[-1].start()
+        ready.wait()
+        assert started[-1].native_id is not None
+        return started[-1].native_id
+
+    yield start
+    end.set()
+    for one in started:
+        one.join()
+
+
+def test_threads_that_run_python_share_one_processor_until_released(
+    allowed: set[int], thread: Callable[[Callable[[], None]], int]
+) -> None:
+    other = thread(lambda: None)
+    together = Affinity(wanted=True)
+
+    together.look()
+
+    assert together.processor in allowed
+    assert os.sched_getaffinity(0) == os.sched_getaffinity(other) == {together.processor}
+    together.release()
+    assert os.sched_getaffinity(other) == allowed
+
+
+def test_threads_that_run_no_python_are_free(allowed: set[int]) -> None:
+    number, end, over = list[int](), threading.Event(), threading.Event()
+
+    def unknown() -> None:  # to `threading`, as a thread of a library in C is
+        number.append(threading.get_native_id())
+        end.wait()
+        over.set()
+
+    together = Affinity(wanted=True)
+    together.look()
+    _thread.start_new_thread(unknown, ())
+    while not number:
+        os.sched_yield()
+    inherited = os.sched_getaffinity(number[0])
+
+    together.look()
+    freed = os.sched_getaffinity(number[0])
+    together.release()
+    end.set()
+    over.wait()
+
+    assert inherited != allowed
+    assert freed == allowed
+
+
+def test_what_is_not_wanted_changes_nothing(allowed: set[int]) -> None:
+    apart = Affinity(wanted=False)
+
+    apart.look()
+
+    assert apart.processor is None
+    assert os.sched_getaffinity(0) == allowed
+    assert apart.apart(os.sched_getaffinity, 0) == allowed
+
+
+@pytest.mark.usefixtures("allowed")
+def test_others_that_take_our_processor_for_long_make_us_move_to_one_that_is_free() -> None:
+    busy = Busy()
+    together = Affinity(wanted=True, busy=busy)
+    together.look()
+    first = together.processor
+    assert first is not None
+    busy.rates[first] = 1e6  # seconds between two looks: more than there can be, whatever time it is
+
+    for _ in range(LOOKS - 1):
+        together.look()
+    assert together.processor == first, "one look is not enough"
+    for _ in range(2):
+        together.look()
+    second = together.processor
+    here = os.sched_getaffinity(0)
+    together.release()
+
+    assert second != first
+    assert here == {second}
+
+
+@pytest.mark.usefixtures("allowed")
+@pytest.mark.parametrize("elsewhere", [1e6, 2e6])
+def test_nobody_moves_to_a_processor_that_is_as_busy(elsewhere: float) -> None:
+    busy = Busy()
+    busy.rates = dict.fromkeys(busy.rates, elsewhere)
+    together = Affinity(wanted=True, busy=busy)
+    together.look()
+    first = together.processor
+    assert first is not None
+    busy.rates[first] = 1e6
+
+    for _ in range(2 * LOOKS + 2):
+        together.look()
+    last = together.processor
+    together.release()
+
+    assert last == first
+
+
+def test_what_computes_for_long_may_run_anywhere_meanwhile(allowed: set[int]) -> None:
+    together = Affinity(wanted=True)
+    together.look()
+
+    def compute(value: int) -> tuple[int, set[int]]:
+        together.look()  # which another thread does, meanwhile
+        return value, os.sched_getaffinity(0)
+
+    found = together.apart(compute, 7)
+    after = os.sched_getaffinity(0)
+    together.release()
+
+    assert found == (7, allowed)
+    assert len(after) == 1
+
+
+async def test_threads_are_looked_at_again_and_again(
+    allowed: set[int], thread: Callable[[Callable[[], None]], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(affinity, "LOOK_SECONDS", 0.001)
+    together = Affinity(wanted=True)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(together.keep)
+        while together.processor is None:
+            await anyio.sleep(0)
+        later = thread(lambda: os.sched_setaffinity(0, allowed))
+        with anyio.fail_after(60):
+            while os.sched_getaffinity(later) == allowed:
+                await anyio.sleep(0.001)
+        together.release()  # and with that nobody looks any more
+
+
+def test_processors_have_been_busy_since_the_machine_started() -> None:
+    assert busy_seconds().keys() >= os.sched_getaffinity(0)
+    assert all(spent > 0 for spent in busy_seconds().values())
+
+
+@pytest.mark.parametrize(
+    ("flags", "shared"),
+    [
+        (["model.threads=1"], True),
+        (["model.threads=1", "model.affinity=any"], False),
+        (["model.threads=2"], False),
+        (["model.affinity=one_processor"], True),
+        ([], False),
+    ],
+)
+def test_a_daemon_shares_one_processor_where_its_model_computes_on_one_thread_or_where_told(
+    flags: list[str], shared: bool, tmp_path: Path, allowed: set[int]
+) -> None:
+    (tmp_path / "policy.yaml").write_text(POLICY)
+    (tmp_path / "model.py").write_text(MODEL)
+    (tmp_path / "events.jsonl").write_text(json.dumps({"id": "e", "inputs": [0, 0, 0, 0], "time": 1}) + "\n")
+    seen = list[tuple[object, set[int]]]()
+
+    async def look(daemon: Daemon) -> None:
+        with anyio.fail_after(60):
+            while not daemon.writer.sent:
+                await anyio.sleep(0.001)
+        model = await daemon.on_model(os.sched_getaffinity, 0)
+        seen.append((status(daemon)["processor"], model))
+        daemon.stop()
+
+    run_policy(load(str(tmp_path / "policy.yaml"), flags, {}), watch=look)
+
+    ((processor, model),) = seen
+    assert (processor in allowed) == shared
+    assert model == ({processor} if shared else allowed)
+    assert os.sched_getaffinity(0) == allowed, "free again once it has ended"
