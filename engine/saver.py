@@ -103,7 +103,7 @@ class Saver:
         try:
             if serving:
                 await daemon.in_thread(daemon.writer.wait_flushed)
-            saved = await daemon.in_thread(daemon.runner.keeper.write, snapshot)
+            saved = await daemon.in_thread(daemon.affinity.apart, daemon.runner.keeper.write, snapshot)
         except Exception as error:
             daemon.metrics.checkpoint_failed()
             log.error("checkpoint_failed", step=snapshot.step, error=str(error))
