@@ -41,7 +41,7 @@ AWAY_SECONDS, AWAY_TIMEOUT = 8.0, 3
 """Longer than twice what any question to a cluster may take, so that some are given up and others are under way."""
 
 SIGNAL = """
-import os, signal
+import signal, threading
 import streams.{module} as module
 calls = []
 class Watched(module.{owner}):
@@ -50,11 +50,15 @@ class Watched(module.{owner}):
         if {after}:
             super().{call}(*arguments, **options)
         if len(calls) == {nth}:
-            os.kill(os.getpid(), signal.{sign})
+            signal.pthread_kill(threading.get_ident(), signal.{sign})
         return None if {after} else super().{call}(*arguments, **options)
 module.{owner} = Watched
 """
-"""A process that ends or stops itself at one call of the client."""
+"""A process that ends or stops itself at one call of the client.
+
+The signal goes to the thread that calls: one to the process may be taken by another thread a moment later, and the call
+goes on until then.
+"""
 
 
 OWNERS = {"kafka-python": ("kafka_sink", "KafkaProducer"), "confluent": ("confluent_sink", "Producer")}
