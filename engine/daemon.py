@@ -111,7 +111,7 @@ class Daemon:
             tasks.start_soon(self._limit_draining, patience)
             try:
                 if await self._open():
-                    tasks.start_soon(self.affinity.keep)  # not before: the threads of clients shall run anywhere
+                    tasks.start_soon(self.affinity.keep)  # not before: the threads of librdkafka run anywhere
                     for reader in self.readers:
                         tasks.start_soon(self.in_thread, reader.run, self.cutter.taken)
                     tasks.start_soon(self.in_thread, self.writer.run)

@@ -149,7 +149,7 @@ class Reloader:
         """What `_prepare` gives, beside serving unless that would draw from the same generators and must repeat."""
         daemon = self._daemon
         if self.loaded.policy.in_background:
-            return await to_thread.run_sync(self._prepare, found)
+            return await to_thread.run_sync(daemon.affinity.apart, self._prepare, found)
         async with daemon.turn:
             return await daemon.on_model(self._prepare, found)
 
