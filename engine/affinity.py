@@ -1,8 +1,8 @@
 """Which processor threads run on: those that run Python share one, since they take turns at the interpreter anyway.
 
 Where they run on several, each turn wakes another processor up, and what a thread hands to the next one has to move
-from cache to cache: the same work takes a fifth more processor time, and half as many records again come through
-without (docs/throughput.md). Threads that run no Python, of PyTorch and of librdkafka, are free to run anywhere.
+from cache to cache: the same work took three tenths more processor time, and a quarter fewer records came through
+(docs/throughput.md). Threads that run no Python, of PyTorch and of librdkafka, are free to run anywhere.
 """
 
 from __future__ import annotations
