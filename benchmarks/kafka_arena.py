@@ -42,6 +42,10 @@ class Answered(NamedTuple):
     last: float
 
 
+SEGMENT_BYTES = 1 << 30
+"""As brokers have it by default; that of the tests begins a new file for each 16 MiB, so that they see that too."""
+
+
 class Arena:
     """Topics on one broker. All of them stamp records with the broker's clock as they are appended."""
 
@@ -57,7 +61,7 @@ class Arena:
     def topic(self, name: str) -> str:
         """Make an empty topic."""
         unique = f"{name}-{uuid.uuid4().hex[:8]}"
-        configs = {"message.timestamp.type": "LogAppendTime"}
+        configs = {"message.timestamp.type": "LogAppendTime", "segment.bytes": str(SEGMENT_BYTES)}
         self._admin.create_topics([NewTopic(unique, PARTITIONS, 1, topic_configs=configs)])
         self._admin.wait_for_topics([unique])
         return unique

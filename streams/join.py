@@ -21,13 +21,13 @@ from streams.join_format import (
     JoinError,
     Waiting,
     read_frames,
-    unpack_block,
     unpack_early,
     unpack_entries,
     unpack_settled,
 )
 from streams.join_moves import Moves
-from streams.join_rows import Rows, WaitingRows
+from streams.join_pack import Packed, WaitingRows
+from streams.join_rows import Rows
 from streams.join_settled import How, Settled
 from streams.join_size import text_bytes
 from streams.join_snapshot import JoinSnapshot
@@ -227,7 +227,7 @@ class JoinStore(Moves):
                     row = rows.pop(name)
                     removed.append((row.seq, row.cost))
                 else:
-                    self._waiting.remove(name)
+                    self._waiting.remove(name, fields)
                 self._settled.add(name, How.JOINED)
                 inputs = fields[0] if item.inputs is None else item.inputs
                 joined.append(Joined(name, inputs, *fields[1:5], item.label, item.reward, item.time))
@@ -280,8 +280,7 @@ class JoinStore(Moves):
             for name in self._spill.take_before(self._limit):
                 self._expire(name)
         limit = self._limit
-        for name in self._waiting.older(limit):
-            self._waiting.remove(name)
+        for name in self._waiting.take_before(limit):
             self._expire(name)
         for name in [name for name, early in self._early.items() if early[2] < limit]:
             self._lose_early(name, "orphan")
@@ -354,7 +353,7 @@ class JoinStore(Moves):
         elif kind in (b"D", b"W"):
             self._load_waiting(_waiting(payload))
         elif kind == b"B":
-            self._load_waiting(WaitingRows(*unpack_block(payload)))
+            self._load_waiting(Packed.read(payload).rows)
         elif kind == b"F":
             for name, feedback in unpack_early(payload):
                 self._early[name] = feedback

@@ -27,10 +27,7 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import pairwise
 from typing import Any, BinaryIO, NamedTuple, Protocol
-
-import numpy as np
 
 from streams.base import Record
 
@@ -121,19 +118,6 @@ _MAGIC_1 = b"adaptd-join-1\n"
 FRAME_BYTES = 1 << 20  # payloads are cut here: few system calls, and little memory on top of the state itself
 _HEADER = struct.Struct("<cIII")
 _ENTRY = struct.Struct("<dqqiIIi")
-_HEADS = np.dtype(
-    [
-        ("time", "<f8"),
-        ("predicted", "<i8"),
-        ("step", "<i8"),
-        ("group", "<i4"),
-        ("id", "<u4"),
-        ("inputs", "<u4"),
-        ("partition", "<i4"),
-    ]
-)
-"""The same as `_ENTRY`, for many at once."""
-_COUNT = struct.Struct("<I")
 _ENTRY_1 = struct.Struct("<dqqiII")
 _EARLY = struct.Struct("<qddiBI")
 _EARLY_1 = struct.Struct("<qddBI")
@@ -191,26 +175,6 @@ def unpack_entries(payload: bytes) -> Iterator[tuple[str, Fields]]:
         yield name, (payload[middle:at], time, group, predicted, step, partition)
 
 
-def pack_block(
-    ids: Sequence[str],
-    inputs: Sequence[bytes],
-    times: Sequence[float],
-    groups: Sequence[str | None],
-    predicted: Sequence[int],
-    steps: Sequence[int],
-    partitions: Sequence[int],
-) -> bytes:
-    """Return waiting events, given by columns, in binary form."""
-    names, sizes = _texts(ids)
-    labels, label_sizes = _texts([group for group in groups if group is not None])
-    heads = np.empty(len(ids), _HEADS)
-    heads["time"], heads["predicted"], heads["step"], heads["partition"] = times, predicted, steps, partitions
-    heads["id"], heads["inputs"], heads["group"] = sizes, np.fromiter(map(len, inputs), np.uint32, len(ids)), -1
-    if label_sizes.size:
-        heads["group"][[group is not None for group in groups]] = label_sizes
-    return b"".join((_COUNT.pack(len(ids)), heads.tobytes(), names, labels, *inputs))
-
-
 def pack_entries(names: Sequence[bytes], *columns: Sequence[Any]) -> list[bytes]:
     """Return waiting events, given by ids as bytes and by the other columns, each as an entry."""
     inputs, times, groups, predicted, steps, partitions = columns
@@ -218,36 +182,6 @@ def pack_entries(names: Sequence[bytes], *columns: Sequence[Any]) -> list[bytes]
     sizes = [-1 if group is None else len(label) for group, label in zip(groups, labels, strict=True)]
     heads = map(_ENTRY.pack, times, predicted, steps, sizes, map(len, names), map(len, inputs), partitions)
     return list(map(b"".join, zip(heads, names, labels, inputs, strict=True)))
-
-
-def _texts(texts: Sequence[str]) -> tuple[bytes, np.ndarray[Any, Any]]:
-    """Texts one after another, and their sizes in bytes."""
-    whole = "".join(texts)
-    raw: Iterable[str | bytes] = texts if whole.isascii() else map(encode_id, texts)
-    return encode_id(whole), np.fromiter(map(len, raw), np.uint32, len(texts))
-
-
-def unpack_block(payload: bytes) -> tuple[list[Any], ...]:
-    """Return the columns that `pack_block` was given.
-
-    Raises:
-        JoinError: The payload does not end where its last event ends.
-    """
-    (count,) = _COUNT.unpack_from(payload)
-    heads = np.frombuffer(payload, _HEADS, count, _COUNT.size)
-    at = _COUNT.size + heads.nbytes
-    parts: list[list[bytes]] = []
-    for name in ("id", "group", "inputs"):
-        ends = at + np.maximum(heads[name], 0).cumsum(dtype=np.int64)
-        bounds = [at, *ends.tolist()]
-        parts.append([payload[first:end] for first, end in pairwise(bounds)])
-        at = bounds[-1]
-    if at != len(payload):
-        raise JoinError("the saved joins are damaged: events are not as long as the frame they are in")
-    names, labels, inputs = parts
-    groups = [decode_id(raw) if size >= 0 else None for raw, size in zip(labels, heads["group"].tolist(), strict=True)]
-    numbers = [heads[name].tolist() for name in ("time", "predicted", "step", "partition")]
-    return list(map(decode_id, names)), inputs, numbers[0], groups, *numbers[1:]
 
 
 def pack_early(id: str, feedback: Early) -> bytes:  # noqa: A002

@@ -11,7 +11,8 @@ from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 from streams.join_format import Early, FeedbackLike, Joined, Waiting
-from streams.join_rows import Rows, WaitingRows
+from streams.join_pack import WaitingRows
+from streams.join_rows import Rows
 from streams.join_settled import How, Settled
 
 if TYPE_CHECKING:
@@ -39,9 +40,7 @@ class Moves:
         Returns:
             How many events and feedback that was.
         """
-        gone = self._waiting.of(data)
-        for name in gone:
-            self._waiting.remove(name)
+        gone = self._waiting.take_of(data)
         early = [name for name, fields in self._early.items() if fields[3] in feedback]
         for name in early:
             self._pop_early(name)
@@ -108,7 +107,7 @@ class Moves:
                     row = rows.pop(name)
                     removed.append((row.seq, row.cost))
                 else:
-                    self._waiting.remove(name)
+                    self._waiting.remove(name, fields)
                 self._settled.add(name, How.JOINED)
         if removed and self._spill is not None:
             self._spill.remove(removed)

@@ -1,123 +1,115 @@
-"""Waiting events in memory: which id lies where, and what belongs to it, in blocks of columns.
+"""Waiting events in memory: which id lies where, and what belongs to it, in packed blocks.
 
-Events come in bulk, and most go unasked for, so that is done in C: an id costs an entry of a dictionary, and what
-belongs to it an element of each column. A block without events is let go of; one of which half has gone is packed; and
+Events come in bulk, and most go unasked for, so that is done in C: an id costs an entry of a table, and what belongs to
+it some bytes of its block. A block without events is let go of; one of which an eighth has gone is packed anew; and
 where blocks have few events left each, all are put together anew. What waits at one instant is given away as the blocks
-themselves: whoever changes one that was given away copies it before.
+themselves: whoever changes one that was given away copies it before, but not what is packed, which never changes.
 """
 
 from __future__ import annotations
 
 from array import array
 from bisect import bisect_left
-from collections import deque
-from collections.abc import Collection, Iterator, Sequence
-from itertools import accumulate, compress, islice
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Sequence
+from itertools import chain, compress
 
-from streams.columns import Column, Columns
-from streams.join_format import Fields, Waiting
-from streams.join_size import event_bytes, events_bytes, sizes_of
+import numpy as np
 
-__all__ = ["Rows", "SharedRows", "WaitingRows"]
+from streams.join_format import Fields
+from streams.join_ids import Ids
+from streams.join_pack import Mask, Packed, WaitingRows
+from streams.join_size import event_bytes
 
-_BITS = 8
-_ROWS = 1 << _BITS  # of a block: small, so that a full one is packed at once without being noticed
+__all__ = ["Rows", "SharedRows"]
+
+_BITS = 9
+_ROWS = 1 << _BITS  # of a block: few, so that a full one is packed anew without being noticed
 _LAST = _ROWS - 1
-_FEW = _ROWS // 4
+_BYTES = 1 << 20  # of the inputs in a block, where it has more than one event; for the same reason
+_OPEN_BYTES = 1 << 16
+"""A block is added to while it has less, as that copies it."""
+_GONE = 8
+"""A block is packed anew when one in so many of its events has gone, and at least so many or so much of inputs:"""
+_HOLES = 16
+_HOLE_BYTES = 1 << 14
+_FEW_BYTES = 1 << 14
 _MANY = 16
-"""More blocks than these, with fewer events each on average, are put together anew: a block itself takes memory."""
-
-
-class WaitingRows(Columns[Waiting]):
-    """Waiting events as columns."""
-
-    __slots__ = ()
-    kind = Waiting
-    ids = Column[str](0)
-    inputs = Column[bytes](1)
-    times = Column[float](2)
-    groups = Column[str | None](3)
-    partitions = Column[int](6)
-
-    def without(self, rows: Sequence[int]) -> WaitingRows:
-        """Return all but some rows, which go up."""
-        columns = list(map(list, self.columns))
-        for at in reversed(rows):
-            for column in columns:
-                del column[at]
-        return WaitingRows(*columns)
+"""More blocks than these, with less in each on average, are put together anew: a block itself takes memory."""
+_TINY = 16  # batches that arrays are not worth it for
 
 
 class _Block:
     """Up to `_ROWS` events in the order in which they came, with those that have gone since among them.
 
     Args:
+        packed: The events.
+        numbers: The number of each in its block, going up; a range means that each is its row. Rows move when the
+            block is packed anew, numbers do not change.
+        alive: Which of them have not gone.
         shares: How often `Rows` had given its blocks away before this one was made.
     """
 
-    __slots__ = ("alive", "columns", "live", "numbers", "shares")
+    __slots__ = ("alive", "live", "next", "numbers", "oldest", "packed", "shares")
 
-    def __init__(self, shares: int) -> None:
+    def __init__(self, packed: Packed, numbers: Sequence[int], alive: Mask, shares: int) -> None:
+        self.packed = packed
+        self.numbers = numbers
+        self.alive = alive
+        self.live = int(np.count_nonzero(alive))
+        self.next = numbers[-1] + 1
+        self.oldest = float(packed.heads["time"].min())
         self.shares = shares
-        self.columns = growing()
-        self.numbers = bytearray()
-        """The number of each row in its block; rows move when the block is packed, numbers do not change."""
-        self.alive = bytearray()
-        self.live = 0
 
-    def extend(self, events: WaitingRows, first: int) -> None:
-        """Append events, the first of which has number ``first``."""
-        count = len(events)
-        for column, values in zip(self.columns, events.columns, strict=True):
-            column.extend(values)
-        self.numbers.extend(range(first, first + count))
-        self.alive.extend(b"\1" * count)
-        self.live += count
-
-    def fields(self, number: int) -> Fields:
-        at = self.numbers.index(number)
-        _, inputs, times, groups, predicted, steps, partitions = self.columns
-        return inputs[at], times[at], groups[at], predicted[at], steps[at], partitions[at]
-
-    def remove(self, number: int) -> int:
-        """Remove an event, and return what it took."""
-        at = self.numbers.index(number)
-        names, inputs, _, groups, *_ = self.columns
-        size = event_bytes(names[at], inputs[at], groups[at])
-        names[at], inputs[at], groups[at], self.alive[at] = "", b"", None, 0
-        self.live -= 1
-        return size
-
-    def each(self, column: int) -> Iterator[tuple[str, Any]]:
-        """Ids, and what a column holds, of the events that have not gone."""
-        return compress(zip(self.columns[0], self.columns[column], strict=True), self.alive)
+    @classmethod
+    def of(cls, packed: Packed, first: int, shares: int) -> _Block:
+        """Return a block of new events, the first of which has number ``first``."""
+        return cls(packed, range(first, first + len(packed)), np.ones(len(packed), np.bool_), shares)
 
     @property
-    def left(self) -> WaitingRows:
-        """The events that have not gone."""
-        if self.live == len(self.alive):
-            return WaitingRows(*self.columns)
-        columns = growing()
-        for column, values in zip(columns, self.columns, strict=True):
-            column.extend(compress(values, self.alive))
-        return WaitingRows(*columns)
+    def open(self) -> bool:
+        """Whether events are to be added."""
+        return self.next < _ROWS // 4 and len(self.packed.inputs) < _OPEN_BYTES
 
-    def packed(self, shares: int, without: int = 0) -> _Block:
-        """The same without the rows that have gone, and without so many of the others, from the first."""
-        block = _Block(shares)
-        for column, values in zip((*block.columns, block.numbers), (*self.columns, self.numbers), strict=True):
-            column.extend(islice(compress(values, self.alive), without, None))
-        block.live = self.live - without
-        block.alive.extend(b"\1" * block.live)
-        return block
+    def with_(self, other: _Block) -> _Block:
+        """Return both as one, the other's events last."""
+        whole = isinstance(self.numbers, range)
+        return _Block(
+            Packed.joined([self.packed, other.packed]),
+            range(other.next) if whole else array("H", [*self.numbers, *other.numbers]),
+            np.concatenate([self.alive, other.alive]),
+            other.shares,
+        )
+
+    def row(self, number: int) -> int:
+        """The row that a number has now."""
+        return number if isinstance(self.numbers, range) else bisect_left(self.numbers, number)
+
+    def remove(self, number: int) -> None:
+        """Remove an event."""
+        self.alive[self.row(number)] = False
+        self.live -= 1
+
+    @property
+    def holey(self) -> bool:
+        """Whether to pack the block anew: enough has gone for it to be worth it."""
+        count = len(self.alive)
+        gone = count - self.live
+        return gone * _GONE >= count and (gone >= _HOLES or gone * len(self.packed.inputs) >= _HOLE_BYTES * count)
+
+    @property
+    def left(self) -> Packed:
+        """The events that have not gone."""
+        return self.packed if self.live == len(self.alive) else self.packed.kept(self.alive)
+
+    def without(self, gone: Mask, shares: int) -> _Block:
+        """The same without some rows and those that have gone; one at least is left."""
+        mask = self.alive & ~gone
+        numbers = array("H", compress(self.numbers, mask.tolist()))
+        return _Block(self.packed.kept(mask), numbers, np.ones(len(numbers), np.bool_), shares)
 
     def copy(self, shares: int) -> _Block:
         """The same, to be changed."""
-        block = _Block(shares)
-        block.columns = tuple(column[:] for column in self.columns)
-        block.numbers, block.alive, block.live = self.numbers[:], self.alive[:], self.live
-        return block
+        return _Block(self.packed, self.numbers, self.alive.copy(), shares)
 
 
 class SharedRows:
@@ -126,69 +118,74 @@ class SharedRows:
     def __init__(self, blocks: Sequence[_Block]) -> None:
         self._blocks = blocks
 
-    def parts(self) -> Iterator[WaitingRows]:
+    def parts(self) -> Iterator[Packed]:
         """Yield the events in parts of few hundreds."""
         return (block.left for block in self._blocks)
 
-    def sizes(self) -> Iterator[int]:
-        """Yield how long the inputs of events are at most, for each part."""
-        return (max(map(len, block.columns[1])) for block in self._blocks)
+    def longest(self) -> Iterator[int]:
+        """Yield how long the inputs of an event are at most, in bytes, for each part."""
+        return (int(block.packed.heads["inputs"].max(where=block.alive, initial=0)) for block in self._blocks)
 
     def whole(self) -> WaitingRows:
         """Return all events."""
-        return joined(list(self.parts()))
-
-
-def joined(parts: Sequence[WaitingRows]) -> WaitingRows:
-    """Return events of several parts one after another."""
-    columns = growing()
-    for part in parts:
-        for column, values in zip(columns, part.columns, strict=True):
-            column.extend(values)
-    return WaitingRows(*columns)
+        return Packed.joined(list(self.parts())).rows
 
 
 class Rows:
     """The events that wait in memory, oldest first.
 
     Attributes:
-        numbers: A number for each id that waits here; a later event has a higher one.
         bytes: What everything takes, as `event_bytes` counts it.
     """
 
     def __init__(self) -> None:
-        self.numbers: dict[str, int] = {}
         self.bytes = 0
+        self._ids = Ids()
+        """A number for each id that waits here: of its block, and of itself in there."""
         self._blocks: dict[int, _Block] = {}
-        self._next = self._shares = 0
+        self._last = -1  # the number of the block that was made last
+        self._shares = 0
 
     def __len__(self) -> int:
-        return len(self.numbers)
+        return len(self._ids)
 
     def __contains__(self, name: str) -> bool:
-        return name in self.numbers
+        return name in self._ids
 
     def extend(self, events: WaitingRows) -> int:
         """Append events but those whose ids wait here, and return how many that are."""
-        new = range(self._next, self._next + len(events))
-        found = list(map(self.numbers.setdefault, events.ids, new))
-        known = [at for at, number in enumerate(found) if number != new[at]] if found != list(new) else []
+        packed = Packed.of(events)
+        places = self._places(packed)
+        known = self._ids.add(events.ids, list(chain.from_iterable(places)))
         if known:
-            for name in events.without(known).ids:
-                del self.numbers[name]
-            events = events.without(known)
-            self.numbers.update(zip(events.ids, new, strict=False))
-        at, count = 0, len(events)
-        while at < count:
-            key, first = self._next >> _BITS, self._next & _LAST
-            part = events[at : at + _ROWS - first]
-            if key not in self._blocks:
-                self._blocks[key] = _Block(self._shares)
-            self._own(key).extend(part, first)
-            self._next += len(part)
-            at += len(part)
-        self.bytes += events_bytes(events.ids, events.inputs, events.groups)
-        return len(known)
+            self.extend(events.without(known))
+            return len(known)
+        at = 0
+        for place in places:
+            key, first = place.start >> _BITS, place.start & _LAST
+            block = _Block.of(packed.between(at, at + len(place)), first, self._shares)
+            self._blocks[key] = self._blocks[key].with_(block) if first else block
+            self._last = key
+            at += len(place)
+        self.bytes += (
+            sum(map(event_bytes, events.ids, map(len, events.inputs), events.groups))
+            if len(events) < _TINY
+            else int(packed.sizes.sum())
+        )
+        return 0
+
+    def _places(self, packed: Packed) -> list[range]:
+        """The numbers that events get, in one range for each block."""
+        most = max(1, min(_ROWS, _BYTES // max(1, packed.longest)))
+        last, key, first = self._blocks.get(self._last), self._last + 1, 0
+        if last is not None and last.open:
+            key, first = self._last, last.next
+        places, left = list[range](), len(packed)
+        while left:
+            count = min(left, most, _ROWS - first)
+            places.append(range(key << _BITS | first, (key << _BITS | first) + count))
+            key, first, left = key + 1, 0, left - count
+        return places
 
     def _own(self, key: int) -> _Block:
         """A block that is to be changed, and that nobody else sees."""
@@ -199,71 +196,87 @@ class Rows:
 
     def get(self, name: str) -> Fields | None:
         """Return the fields of an event, or None where it does not wait here."""
-        number = self.numbers.get(name)
-        return None if number is None else self._blocks[number >> _BITS].fields(number & _LAST)
+        number = self._ids.get(name)
+        if number is None:
+            return None
+        block = self._blocks[number >> _BITS]
+        return block.packed.fields(block.row(number & _LAST))
 
-    def remove(self, name: str) -> None:
-        """Remove an event that waits here."""
-        number = self.numbers.pop(name)
+    def remove(self, name: str, fields: Fields) -> None:
+        """Remove an event that waits here, given what `get` returned for it."""
+        number = self._ids.pop(name)
         key = number >> _BITS
         block = self._own(key)
-        self.bytes -= block.remove(number & _LAST)
+        block.remove(number & _LAST)
+        self.bytes -= event_bytes(name, len(fields[0]), fields[2])
         if not block.live:
             del self._blocks[key]
-        elif block.live * 2 <= len(block.alive):
-            self._blocks[key] = block.packed(self._shares)
-        if len(self._blocks) > _MANY and len(self._blocks) * _FEW > len(self.numbers):
-            self._put_together()
+        elif block.holey:
+            self._blocks[key] = block.without(~block.alive, self._shares)
+        self._put_together()
 
     def _put_together(self) -> None:
-        """Fill as few blocks as there can be; done once for very many removals."""
-        left = self.share().whole()
-        self.numbers.clear()
-        self._blocks.clear()
-        self.bytes = self._next = 0
-        self.extend(left)
+        """Fill as few blocks as there can be, where many have few events; done once for very many removals."""
+        if len(self._blocks) > _MANY and len(self._blocks) * _FEW_BYTES > self.bytes:
+            left = list(self._blocks.values())[::-1]
+            self._ids = Ids()
+            self._blocks.clear()
+            self.bytes, self._last = 0, -1
+            while left:
+                self.extend(Packed.joined([left.pop().left for _ in range(min(len(left), _MANY))]).rows)
 
     def pop(self, name: str) -> Fields:
         """Remove an event that waits here, and return its fields."""
-        number = self.numbers[name]
-        fields = self._blocks[number >> _BITS].fields(number & _LAST)
-        self.remove(name)
+        fields = self.get(name)
+        if fields is None:
+            raise KeyError(name)
+        self.remove(name, fields)
         return fields
 
-    def older(self, time: float) -> list[str]:
-        """Ids of the events before a time, in seconds."""
-        old = [block for block in self._blocks.values() if min(block.columns[2]) < time]
-        return [name for block in old for name, at in block.each(2) if at < time]
+    def take_before(self, time: float) -> list[str]:
+        """Remove the events before a time, in seconds, and return their ids."""
+        return self._take(lambda block: block.packed.heads["time"] < time if block.oldest < time else None)
 
-    def of(self, partitions: Collection[int]) -> list[str]:
-        """Ids of the events that came from some partitions."""
-        return [name for block in self._blocks.values() for name, number in block.each(6) if number in partitions]
+    def take_of(self, partitions: Collection[int]) -> list[str]:
+        """Remove the events that came from some partitions, and return their ids."""
+        wanted = list(partitions)
+        return self._take(lambda block: np.isin(block.packed.heads["partition"], wanted))
+
+    def _take(self, rows_of: Callable[[_Block], Mask | None]) -> list[str]:
+        """Remove some rows of each block, if any, and return the ids that were there."""
+        ids = list[str]()
+        for key, block in list(self._blocks.items()):
+            gone = rows_of(block)
+            if gone is not None and (block.alive & gone).any():
+                ids += self._without(key, block, gone).ids
+        self._put_together()
+        return ids
+
+    def _without(self, key: int, block: _Block, gone: Mask) -> Packed:
+        """Remove some rows of a block, and return the events that were there."""
+        taken = block.packed.kept(block.alive & gone)
+        if len(taken) == block.live:
+            del self._blocks[key]
+        else:
+            self._blocks[key] = block.without(gone, self._shares)
+        self.bytes -= int(taken.sizes.sum())
+        self._ids.remove(taken.ids)
+        return taken
 
     def take_oldest(self, size: int) -> WaitingRows:
         """Remove the events that came first, of at least ``size`` bytes where there are as many, and return them."""
-        taken: list[WaitingRows] = []
+        taken: list[Packed] = []
         while size > 0 and self._blocks:
             key = next(iter(self._blocks))
             block = self._blocks[key]
-            events = block.left
-            ends = list(accumulate(sizes_of(events.ids, events.inputs, events.groups)))
-            count = min(bisect_left(ends, size) + 1, len(ends))
-            if count == len(ends):
-                del self._blocks[key]
-            else:
-                self._blocks[key] = block.packed(self._shares, without=count)
-            taken.append(events[:count])
-            size -= ends[count - 1]
-            self.bytes -= ends[count - 1]
-            deque(map(self.numbers.__delitem__, taken[-1].ids), 0)
-        return joined(taken)
+            ends = np.where(block.alive, block.packed.sizes, 0).cumsum()
+            gone = np.arange(len(ends)) <= ends.searchsorted(size)
+            before = self.bytes
+            taken.append(self._without(key, block, gone))
+            size -= before - self.bytes
+        return Packed.joined(taken).rows
 
     def share(self) -> SharedRows:
         """Return everything as it is now."""
         self._shares += 1
         return SharedRows(list(self._blocks.values()))
-
-
-def growing() -> tuple[Any, ...]:
-    """Empty columns that can grow; the numbers among them take eight bytes each, or four."""
-    return [], [], array("d"), [], array("q"), array("q"), array("i")

@@ -6,8 +6,9 @@ import json
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
-from streams.join_format import FRAME_BYTES, Early, pack_block, pack_early, pack_settled, payloads, write_frames
-from streams.join_rows import SharedRows, WaitingRows, joined
+from streams.join_format import FRAME_BYTES, Early, pack_early, pack_settled, payloads, write_frames
+from streams.join_pack import Packed, payload_of
+from streams.join_rows import SharedRows
 from streams.join_settled import How
 from streams.join_spill import SpillReader
 from streams.pace import Pace
@@ -69,18 +70,18 @@ class JoinSnapshot:
 
     def _blocks(self, pace: Pace) -> Iterator[bytes]:
         """What waits in memory in payloads of about `FRAME_BYTES`, the same for the same events."""
-        size = max(1, FRAME_BYTES // (_ENTRY_BYTES + max(pace.over(self._waiting.sizes()), default=0)))
-        held: list[WaitingRows] = []
+        size = max(1, FRAME_BYTES // (_ENTRY_BYTES + max(pace.over(self._waiting.longest()), default=0)))
+        held: list[Packed] = []
         room = size
         for part in pace.over(self._waiting.parts()):
             rest = part
             while len(rest) >= room:
-                yield pack_block(*joined([*held, rest[:room]]).columns)
-                rest, held, room = rest[room:], [], size
+                yield payload_of([*held, rest.between(0, room)])
+                rest, held, room = rest.between(room, len(rest)), [], size
             held.append(rest)
             room -= len(rest)
         if room < size:
-            yield pack_block(*joined(held).columns)
+            yield payload_of(held)
 
     def close(self) -> None:
         """Let go of everything. Safe to call twice."""

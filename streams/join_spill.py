@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from streams.join_format import Fields, JoinError, encode_id, pack_entries, unpack_entries
-from streams.join_rows import WaitingRows
+from streams.join_pack import WaitingRows
 
 __all__ = ["Row", "Spill", "row_bytes"]
 

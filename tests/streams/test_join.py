@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from streams.join import Joined, JoinError, JoinStore
-from streams.join_rows import WaitingRows
+from streams.join_pack import WaitingRows
 from streams.join_spill import Spill
 from tests.streams.join_helpers import Feedback, counted, event, names
 
