@@ -16,8 +16,8 @@ join nor journal nor checkpoint nor measure, check nothing that they read, and c
 answers; adaptd does all of that, with up to 1 GB of events that wait for labels, one in a hundred labelled, and a
 checkpoint every five seconds, in batches of up to 512, as the loops poll, or of what 5 ms bring. The loops parse JSON
 with the standard library; adaptd and Quix Streams with orjson. Part ``costs`` takes away, or adds, one thing at a time.
-Part ``latency`` writes records at half of each of adaptd's rates (or at ``--rate``), for adaptd and then for the bare
-loop with its client, and compares the broker's stamps of record and answer.
+Part ``latency`` writes records at half of each of adaptd's rates (or at ``--rate``), for adaptd and for the bare loop
+with its client in turn, and compares the broker's stamps of record and answer.
 
 Quix Streams and Bytewax need an interpreter that has them: ``--peers``. What is missing is skipped, and the result
 says why.
@@ -326,7 +326,7 @@ def main() -> None:
     made.add_argument("--costs", nargs="+", choices=list(COSTS), default=list(COSTS))
     options = made.parse_args()
     options.repeats = options.repeats or (1 if options.quick else 3)
-    options.seconds = options.seconds or (4.0 if options.quick else 15.0)
+    options.seconds = options.seconds or (4.0 if options.quick else 10.0)
     if "latency" in options.parts and "rates" not in options.parts and not options.rate:
         made.error("the part latency goes by half of each rate: add the part rates, or give --rate")
     report = Report("kafka", options)
