@@ -37,6 +37,7 @@ _HEADS = np.dtype(
 """What an entry of `streams.join_format` begins with, for many at once."""
 
 Mask = NDArray[np.bool_]
+_Bytes = bytes  # packed events have a property of that name
 
 
 class WaitingRows(Columns[Waiting]):
@@ -69,7 +70,7 @@ class Packed:
         inputs: The inputs.
     """
 
-    def __init__(self, heads: NDArray[Any], names: bytes, groups: bytes, inputs: bytes) -> None:
+    def __init__(self, heads: NDArray[Any], names: _Bytes, groups: _Bytes, inputs: _Bytes) -> None:
         self.heads = heads
         self.names = names
         self.groups = groups
@@ -90,7 +91,7 @@ class Packed:
         return cls(heads, names, labels, b"".join(inputs))
 
     @classmethod
-    def read(cls, payload: bytes) -> Packed:
+    def read(cls, payload: _Bytes) -> Packed:
         """Return what `payload_of` was given.
 
         Raises:
@@ -99,7 +100,7 @@ class Packed:
         (count,) = _COUNT.unpack_from(payload)
         heads = np.frombuffer(payload, _HEADS, count, _COUNT.size)
         at = _COUNT.size + heads.nbytes
-        parts = list[bytes]()
+        parts = list[_Bytes]()
         for name in ("id", "group", "inputs"):
             end = at + int(np.maximum(heads[name], 0).sum(dtype=np.int64))
             parts.append(payload[at:end])
@@ -119,6 +120,16 @@ class Packed:
 
     def __len__(self) -> int:
         return len(self.heads)
+
+    @cached_property
+    def bytes(self) -> int:
+        """What ids, groups and inputs take."""
+        return len(self.names) + len(self.groups) + len(self.inputs)
+
+    @property
+    def ends(self) -> NDArray[np.int64]:
+        """What ids, groups and inputs take up to each event, in bytes."""
+        return (self._sizes("id") + self._sizes("group") + self._sizes("inputs")).cumsum()
 
     @property
     def longest(self) -> int:
@@ -154,7 +165,7 @@ class Packed:
             sizes = self._sizes(name)
             at = int(sizes[:first].sum())
             texts.append(raw[at : at + int(sizes[first:end].sum())])
-        return Packed(self.heads[first:end], *texts)
+        return Packed(self.heads[first:end].copy(), *texts)
 
     def _sizes(self, name: str) -> NDArray[np.int64]:
         sizes: NDArray[np.int64] = np.maximum(self.heads[name], 0).astype(np.int64)

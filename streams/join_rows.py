@@ -25,11 +25,11 @@ __all__ = ["Rows", "SharedRows"]
 _BITS = 9
 _ROWS = 1 << _BITS  # of a block: few, so that a full one is packed anew without being noticed
 _LAST = _ROWS - 1
-_BYTES = 1 << 20  # of the inputs in a block, where it has more than one event; for the same reason
+_BYTES = 1 << 20  # of ids, groups and inputs in a block, where it has more than one event; for the same reason
 _OPEN_BYTES = 1 << 16
 """A block is added to while it has less, as that copies it."""
 _GONE = 8
-"""A block is packed anew when one in so many of its events has gone, and at least so many or so much of inputs:"""
+"""A block is packed anew when one in so many of its events has gone, or of its bytes, and at least so many of them:"""
 _HOLES = 16
 _HOLE_BYTES = 1 << 14
 _FEW_BYTES = 1 << 14
@@ -49,15 +49,16 @@ class _Block:
         shares: How often `Rows` had given its blocks away before this one was made.
     """
 
-    __slots__ = ("alive", "live", "next", "numbers", "oldest", "packed", "shares")
+    __slots__ = ("alive", "dead", "live", "next", "numbers", "oldest", "packed", "shares")
 
     def __init__(self, packed: Packed, numbers: Sequence[int], alive: Mask, shares: int) -> None:
         self.packed = packed
         self.numbers = numbers
         self.alive = alive
         self.live = int(np.count_nonzero(alive))
+        self.dead = 0  # bytes of ids, groups and inputs that have gone, at least
         self.next = numbers[-1] + 1
-        self.oldest = float(packed.heads["time"].min())
+        self.oldest = float(np.fmin.reduce(packed.heads["time"]))
         self.shares = shares
 
     @classmethod
@@ -68,33 +69,38 @@ class _Block:
     @property
     def open(self) -> bool:
         """Whether events are to be added."""
-        return self.next < _ROWS // 4 and len(self.packed.inputs) < _OPEN_BYTES
+        return self.next < _ROWS // 4 and self.packed.bytes < _OPEN_BYTES
 
     def with_(self, other: _Block) -> _Block:
         """Return both as one, the other's events last."""
         whole = isinstance(self.numbers, range)
-        return _Block(
+        block = _Block(
             Packed.joined([self.packed, other.packed]),
             range(other.next) if whole else array("H", [*self.numbers, *other.numbers]),
             np.concatenate([self.alive, other.alive]),
             other.shares,
         )
+        block.dead = self.dead
+        return block
 
     def row(self, number: int) -> int:
         """The row that a number has now."""
         return number if isinstance(self.numbers, range) else bisect_left(self.numbers, number)
 
-    def remove(self, number: int) -> None:
-        """Remove an event."""
+    def remove(self, number: int, size: int) -> None:
+        """Remove an event, the id, group and inputs of which have so many bytes."""
         self.alive[self.row(number)] = False
         self.live -= 1
+        self.dead += size
 
     @property
     def holey(self) -> bool:
         """Whether to pack the block anew: enough has gone for it to be worth it."""
         count = len(self.alive)
         gone = count - self.live
-        return gone * _GONE >= count and (gone >= _HOLES or gone * len(self.packed.inputs) >= _HOLE_BYTES * count)
+        return (gone >= _HOLES and gone * _GONE >= count) or (
+            self.dead >= _HOLE_BYTES and self.dead * _GONE >= self.packed.bytes
+        )
 
     @property
     def left(self) -> Packed:
@@ -109,7 +115,9 @@ class _Block:
 
     def copy(self, shares: int) -> _Block:
         """The same, to be changed."""
-        return _Block(self.packed, self.numbers, self.alive.copy(), shares)
+        block = _Block(self.packed, self.numbers, self.alive.copy(), shares)
+        block.dead = self.dead
+        return block
 
 
 class SharedRows:
@@ -145,6 +153,8 @@ class Rows:
         self._blocks: dict[int, _Block] = {}
         self._last = -1  # the number of the block that was made last
         self._shares = 0
+        self._put = (0, 0)
+        """How many blocks there were when they had last been put together, and what they took."""
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -176,15 +186,18 @@ class Rows:
 
     def _places(self, packed: Packed) -> list[range]:
         """The numbers that events get, in one range for each block."""
-        most = max(1, min(_ROWS, _BYTES // max(1, packed.longest)))
         last, key, first = self._blocks.get(self._last), self._last + 1, 0
         if last is not None and last.open:
             key, first = self._last, last.next
-        places, left = list[range](), len(packed)
-        while left:
-            count = min(left, most, _ROWS - first)
-            places.append(range(key << _BITS | first, (key << _BITS | first) + count))
-            key, first, left = key + 1, 0, left - count
+        places, at, count = list[range](), 0, len(packed)
+        ends = packed.ends if packed.bytes > _BYTES else None
+        while at < count:
+            rows = min(count - at, _ROWS - first)
+            if ends is not None:
+                full = (int(ends[at - 1]) if at else 0) + _BYTES
+                rows = max(1, min(rows, int(ends.searchsorted(full, "right")) - at))
+            places.append(range(key << _BITS | first, (key << _BITS | first) + rows))
+            key, first, at = key + 1, 0, at + rows
         return places
 
     def _own(self, key: int) -> _Block:
@@ -207,8 +220,9 @@ class Rows:
         number = self._ids.pop(name)
         key = number >> _BITS
         block = self._own(key)
-        block.remove(number & _LAST)
-        self.bytes -= event_bytes(name, len(fields[0]), fields[2])
+        inputs, _, group, *_ = fields
+        block.remove(number & _LAST, len(name) + len(group or "") + len(inputs))
+        self.bytes -= event_bytes(name, len(inputs), group)
         if not block.live:
             del self._blocks[key]
         elif block.holey:
@@ -217,13 +231,16 @@ class Rows:
 
     def _put_together(self) -> None:
         """Fill as few blocks as there can be, where many have few events; done once for very many removals."""
-        if len(self._blocks) > _MANY and len(self._blocks) * _FEW_BYTES > self.bytes:
+        blocks, size = self._put
+        changed = len(self._blocks) >= 2 * blocks or self.bytes * 2 <= size
+        if changed and len(self._blocks) > _MANY and len(self._blocks) * _FEW_BYTES > self.bytes:
             left = list(self._blocks.values())[::-1]
             self._ids = Ids()
             self._blocks.clear()
             self.bytes, self._last = 0, -1
             while left:
                 self.extend(Packed.joined([left.pop().left for _ in range(min(len(left), _MANY))]).rows)
+            self._put = len(self._blocks), self.bytes
 
     def pop(self, name: str) -> Fields:
         """Remove an event that waits here, and return its fields."""
@@ -249,6 +266,8 @@ class Rows:
             gone = rows_of(block)
             if gone is not None and (block.alive & gone).any():
                 ids += self._without(key, block, gone).ids
+        if not self._blocks:
+            self._ids = Ids()  # tables do not shrink
         self._put_together()
         return ids
 

@@ -74,12 +74,12 @@ class JoinSnapshot:
         held: list[Packed] = []
         room = size
         for part in pace.over(self._waiting.parts()):
-            rest = part
-            while len(rest) >= room:
-                yield payload_of([*held, rest.between(0, room)])
-                rest, held, room = rest.between(room, len(rest)), [], size
-            held.append(rest)
-            room -= len(rest)
+            at = 0
+            while len(part) - at >= room:
+                yield payload_of([*held, part.between(at, at + room)])
+                at, held, room = at + room, [], size
+            held.append(part.between(at, len(part)))
+            room -= len(part) - at
         if room < size:
             yield payload_of(held)
 

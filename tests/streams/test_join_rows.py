@@ -109,3 +109,53 @@ def test_the_few_that_are_left_of_many_lie_together() -> None:
     assert rows.extend(WaitingRows.of(left[:3])) == 3
     assert rows.pop(left[-1].id) == left[-1][1:]
     assert list(rows.take_oldest(1)) == left[:1]
+
+
+@pytest.mark.parametrize(
+    ("small", "large", "every"),
+    [(16, 1 << 16, 256), (2048, 120_000, 9), (16, 3 << 20, 100)],
+    ids=["few", "many", "huge"],
+)
+def test_inputs_of_very_different_length_neither_stay_nor_are_packed_again_and_again(
+    small: int, large: int, every: int
+) -> None:
+    rows = Rows()
+    events = [Waiting(f"id-{n}", bytes(small if n % every else large), 0.0, None, 0, 0) for n in range(1800)]
+    rows.extend(WaitingRows.of(events))
+    most = 2 + sum(len(event.inputs) for event in events) // (1 << 19) + 1800 // 256
+    assert len(rows._blocks) <= most, "one that is long fills its own block alone"
+    for event in events[::every]:
+        rows.pop(event.id)
+    for event in events[1:1800:every]:
+        rows.pop(event.id)
+    held = sum(block.packed.bytes for block in rows._blocks.values())
+    left = [event for n, event in enumerate(events) if n % every > 1]
+    assert list(rows.share().whole()) == left
+    assert held <= rows.bytes
+    assert all(
+        block.packed.heads.base is None or len(block.packed.heads.base) < 1800 for block in rows._blocks.values()
+    )
+
+
+def test_blocks_are_not_put_together_again_before_much_has_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, counts = Rows(), list[int]()
+    rows.extend(WaitingRows.of([Waiting(f"id-{n}", b"", 0.0, None, 0, 0) for n in range(512 * 40)]))
+    extend = Rows.extend
+
+    def counted(self: Rows, events: WaitingRows) -> int:
+        counts.append(len(events))
+        return extend(self, events)
+
+    monkeypatch.setattr(Rows, "extend", counted)
+    for n in range(512 * 40):
+        if n % 512 > 1:
+            rows.pop(f"id-{n}")
+    assert 0 < sum(counts) < 512 * 40
+
+
+def test_an_event_without_a_time_keeps_no_other_from_expiring() -> None:
+    rows = Rows()
+    rows.extend(
+        WaitingRows.of([Waiting(f"id-{n}", b"", at, None, 0, 0) for n, at in enumerate((1.0, float("nan"), 2.0))])
+    )
+    assert rows.take_before(9.0) == ["id-0", "id-2"]
