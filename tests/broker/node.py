@@ -133,13 +133,22 @@ def certify_client(certificate: Path, key: Path, name: str) -> None:
     run([*made, "-passout", f"pass:{KEY_PASSWORD}", "-keyout", str(key), "-out", str(certificate)])
 
 
+_WORKERS = 8
+_GIVEN = set[int]()
+
+
 def free_port() -> int:
     """A port that is free and stays so while the broker is away: none that the system gives to connections.
 
-    Where it may give all of them, any that is free.
+    Where it may give all of them, any that is free. Each worker of the tests has its own, and gives none twice:
+    some are listened on much later.
     """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % _WORKERS
     while True:
-        port = random.randrange(10_000, _FIRST_GIVEN) if _FIRST_GIVEN > 12_000 else 0
+        port = random.randrange(10_000 + worker, _FIRST_GIVEN, _WORKERS) if _FIRST_GIVEN > 12_000 else 0
+        if port in _GIVEN:
+            continue
+        _GIVEN.update({port} - {0})
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return int(probe.getsockname()[1])
