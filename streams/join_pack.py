@@ -131,11 +131,6 @@ class Packed:
         """What ids, groups and inputs take up to each event, in bytes."""
         return (self._sizes("id") + self._sizes("group") + self._sizes("inputs")).cumsum()
 
-    @property
-    def longest(self) -> int:
-        """How long the inputs of an event are at most, in bytes."""
-        return int(self.heads["inputs"].max(initial=0))
-
     @cached_property
     def width(self) -> int | None:
         """How long the inputs of each event are, in bytes, where that is one number."""
@@ -173,11 +168,11 @@ class Packed:
 
     def group(self, at: int) -> str | None:
         """Return the group of one event."""
-        if not self.groups:
-            return None if self.heads["group"][at] < 0 else ""
-        sizes = self._sizes("group")
-        first = int(sizes[:at].sum())
-        return None if self.heads["group"][at] < 0 else decode_id(self.groups[first : first + int(sizes[at])])
+        size = int(self.heads["group"][at])
+        if size <= 0:
+            return None if size < 0 else ""
+        first = int(self._sizes("group")[:at].sum())
+        return decode_id(self.groups[first : first + size])
 
     def fields(self, at: int) -> Fields:
         """Return what belongs to one event beside its id."""

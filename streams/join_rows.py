@@ -242,14 +242,6 @@ class Rows:
                 self.extend(Packed.joined([left.pop().left for _ in range(min(len(left), _MANY))]).rows)
             self._put = len(self._blocks), self.bytes
 
-    def pop(self, name: str) -> Fields:
-        """Remove an event that waits here, and return its fields."""
-        fields = self.get(name)
-        if fields is None:
-            raise KeyError(name)
-        self.remove(name, fields)
-        return fields
-
     def take_before(self, time: float) -> list[str]:
         """Remove the events before a time, in seconds, and return their ids."""
         return self._take(lambda block: block.packed.heads["time"] < time if block.oldest < time else None)

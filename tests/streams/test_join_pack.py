@@ -35,7 +35,6 @@ def test_packed_events_are_the_events(events: list[Waiting], kept: list[bool], f
     assert list(all_of.rows) == events
     assert [(all_of.ids[at], *all_of.fields(at)) for at in range(len(events))] == events
     assert all_of.sizes.tolist() == [event_bytes(one.id, len(one.inputs), one.group) for one in events]
-    assert all_of.longest == max((len(one.inputs) for one in events), default=0)
     mask = np.array(kept[: len(events)], np.bool_)
     assert list(all_of.kept(mask).rows) == [one for one, keep in zip(events, kept, strict=False) if keep]
     assert list(all_of.between(first, end).rows) == events[first:end]

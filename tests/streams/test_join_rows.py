@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streams.join_format import Waiting
+from streams.join_format import Fields, Waiting
 from streams.join_pack import WaitingRows
 from streams.join_rows import Rows, SharedRows
 from streams.join_size import event_bytes
@@ -16,8 +16,11 @@ _events = st.builds(
 _steps = st.lists(st.lists(_events, max_size=400) | st.integers(1, 7), max_size=8)
 
 
-def rows_of(rows: Rows) -> dict[str, Waiting]:
-    return {row.id: row for row in rows.share().whole()}
+def pop(rows: Rows, name: str) -> Fields:
+    fields = rows.get(name)
+    assert fields is not None
+    rows.remove(name, fields)
+    return fields
 
 
 @settings(max_examples=60, deadline=None)
@@ -31,7 +34,7 @@ def test_rows_are_a_table_in_the_order_of_coming(steps: list[list[Waiting] | int
             for name in list(table)[::step]:
                 event = table.pop(name)
                 assert rows.get(name) == event[1:]
-                assert rows.pop(name) == event[1:]
+                assert pop(rows, name) == event[1:]
         else:
             known = len(step)
             for event in step:
@@ -58,7 +61,7 @@ def test_the_oldest_that_are_taken_are_as_many_as_free_a_size(gone: tuple[int, .
     rows = Rows()
     rows.extend(WaitingRows.of(events))
     for n in gone:
-        rows.pop(f"id-{n}")
+        pop(rows, f"id-{n}")
     left = [event for n, event in enumerate(events) if n not in gone]
     shared = rows.share()
     assert list(rows.take_oldest(0)) == []
@@ -81,7 +84,7 @@ def test_an_event_that_was_given_away_can_be_replaced_by_one_of_the_same_id() ->
     rows = Rows()
     rows.extend(WaitingRows.of([Waiting("id", b"x", 0.0, None, 0, 0)]))
     shared = rows.share()
-    rows.pop("id")
+    pop(rows, "id")
     rows.extend(WaitingRows.of([Waiting("id", b"other", 1.0, None, 0, 0)]))
     assert [row.inputs for row in (*shared.whole(), *rows.share().whole())] == [b"x", b"other"]
 
@@ -91,7 +94,7 @@ def test_a_copy_keeps_its_instant() -> None:
     rows.extend(WaitingRows.of([Waiting(f"id-{n}", b"x", 0.0, None, 0, 0) for n in range(300)]))
     copy = rows.share()
     for n in range(299):
-        rows.pop(f"id-{n}")
+        pop(rows, f"id-{n}")
     assert (len(copy.whole()), [row.id for row in rows.share().whole()]) == (300, ["id-299"])
     assert copy.whole()[7] == Waiting("id-7", b"x", 0.0, None, 0, 0)
 
@@ -102,12 +105,12 @@ def test_the_few_that_are_left_of_many_lie_together() -> None:
     rows.extend(WaitingRows.of(events))
     left = events[::100]
     for event in set(events) - set(left):
-        rows.pop(event.id)
+        pop(rows, event.id)
     assert list(rows.share().whole()) == left
     assert len(rows._blocks) <= 16, "each takes memory that nothing counts"
     assert rows.bytes == sum(event_bytes(event.id, len(event.inputs), event.group) for event in left)
     assert rows.extend(WaitingRows.of(left[:3])) == 3
-    assert rows.pop(left[-1].id) == left[-1][1:]
+    assert pop(rows, left[-1].id) == left[-1][1:]
     assert list(rows.take_oldest(1)) == left[:1]
 
 
@@ -125,9 +128,9 @@ def test_inputs_of_very_different_length_neither_stay_nor_are_packed_again_and_a
     most = 2 + sum(len(event.inputs) for event in events) // (1 << 19) + 1800 // 256
     assert len(rows._blocks) <= most, "one that is long fills its own block alone"
     for event in events[::every]:
-        rows.pop(event.id)
+        pop(rows, event.id)
     for event in events[1:1800:every]:
-        rows.pop(event.id)
+        pop(rows, event.id)
     held = sum(block.packed.bytes for block in rows._blocks.values())
     left = [event for n, event in enumerate(events) if n % every > 1]
     assert list(rows.share().whole()) == left
@@ -149,7 +152,7 @@ def test_blocks_are_not_put_together_again_before_much_has_changed(monkeypatch: 
     monkeypatch.setattr(Rows, "extend", counted)
     for n in range(512 * 40):
         if n % 512 > 1:
-            rows.pop(f"id-{n}")
+            pop(rows, f"id-{n}")
     assert 0 < sum(counts) < 512 * 40
 
 
