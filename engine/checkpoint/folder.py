@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import io
 import os
 import re
@@ -15,7 +14,7 @@ from typing import Any, BinaryIO, TypeAlias, cast
 
 from engine.checkpoint.disk import Disk
 from engine.checkpoint.errors import BadCheckpointError, NewerFormatError
-from engine.checkpoint.manifest import FILE_NAME, LIMIT, FileEntry, Manifest, decode
+from engine.checkpoint.manifest import FILE_NAME, LIMIT, FileEntry, Manifest, OldFileEntry, decode
 from engine.checkpoint.migrate import migrate
 from engine.checkpoint.state import unflatten
 from engine.checkpoint.strict import Json, dumps, loads
@@ -136,7 +135,7 @@ class HashingFile(io.BufferedIOBase):
 
     def __init__(self, raw: BinaryIO) -> None:
         self._raw = raw
-        self._hash = hashlib.blake2b(digest_size=32)
+        self._hash = FileEntry.hasher()
         self._count = 0
 
     def writable(self) -> bool:
@@ -164,7 +163,7 @@ class HashingFile(io.BufferedIOBase):
 
     def entry(self) -> FileEntry:
         """Length and hash of what was written."""
-        return FileEntry(bytes=self._count, blake2b=self._hash.hexdigest())
+        return FileEntry(bytes=self._count, blake3=self._hash.hexdigest())
 
 
 def files_of(parts: Mapping[str, Part], meta: Mapping[str, Json]) -> dict[str, Part]:
@@ -293,16 +292,17 @@ def name_of(step: int) -> str:
     return f"ckpt-{step:012d}"
 
 
-def _verify_file(name: str, file: BinaryIO, entry: FileEntry, pace: Pace) -> None:
+def _verify_file(name: str, file: BinaryIO, entry: FileEntry | OldFileEntry, pace: Pace) -> None:
     length = file.seek(0, os.SEEK_END)
     if length != entry.bytes:
         raise BadCheckpointError(f"{name} has {length} bytes, {entry.bytes} were written")
     file.seek(0)
-    found = hashlib.blake2b(digest_size=32)
-    while chunk := file.read(CHUNK):
-        found.update(chunk)
+    found = entry.hasher()
+    buffer = memoryview(bytearray(min(CHUNK, length)))
+    while size := file.readinto(buffer):  # type: ignore[attr-defined]
+        found.update(buffer[:size])
         pace.rest()
-    if found.hexdigest() != entry.blake2b:
+    if not entry.matches(found):
         raise BadCheckpointError(f"{name} is damaged: its hash differs from that in MANIFEST")
 
 

@@ -7,14 +7,15 @@ anything parses them, in this format and in all later ones.
 from __future__ import annotations
 
 import hashlib
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
+import blake3 as blake3_
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from engine.checkpoint.errors import BadCheckpointError, NewerFormatError
 from engine.checkpoint.strict import dumps, loads
 
-FORMAT = 2
+FORMAT = 3
 """The format written. A later one adds a pure function to `engine.checkpoint.migrate`, and a golden checkpoint."""
 
 READER = "0.1.0"
@@ -35,15 +36,52 @@ def digest(data: bytes) -> str:
     return hashlib.blake2b(data, digest_size=32).hexdigest()
 
 
+class Hash(Protocol):
+    """A running hash, of `hashlib` or like one."""
+
+    def update(self, data: Any, /) -> object:
+        """Take in more bytes."""
+        ...
+
+    def hexdigest(self) -> str:
+        """The hash of all bytes so far, in hexadecimal."""
+        ...
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class FileEntry(_Strict):
-    """Length in bytes and BLAKE2b-256 of one file."""
+    """Length in bytes and BLAKE3 of one file: it is as sure as BLAKE2b, and most of a save was hashing."""
+
+    bytes: Annotated[int, Field(ge=0)]
+    blake3: _Digest
+
+    @staticmethod
+    def hasher() -> Hash:
+        """Return a hash of no bytes yet, of the kind that `matches` takes."""
+        return blake3_.blake3()
+
+    def matches(self, found: Hash) -> bool:
+        """Whether the file had this hash when it was written."""
+        return found.hexdigest() == self.blake3
+
+
+class OldFileEntry(_Strict):
+    """Length in bytes and BLAKE2b-256 of one file, as formats 1 and 2 have it."""
 
     bytes: Annotated[int, Field(ge=0)]
     blake2b: _Digest
+
+    @staticmethod
+    def hasher() -> Hash:
+        """See `FileEntry.hasher`."""
+        return hashlib.blake2b(digest_size=32)
+
+    def matches(self, found: Hash) -> bool:
+        """See `FileEntry.matches`."""
+        return found.hexdigest() == self.blake2b
 
 
 class Manifest(_Strict):
@@ -71,7 +109,7 @@ class Manifest(_Strict):
     adaptd: str
     torch: str
     config_digest: str
-    files: dict[Annotated[str, StringConstraints(pattern=FILE_NAME)], FileEntry]
+    files: dict[Annotated[str, StringConstraints(pattern=FILE_NAME)], FileEntry | OldFileEntry]
 
     def encode(self) -> bytes:
         """The two lines."""

@@ -307,7 +307,7 @@ class CheckpointStore:
                 adaptd=__version__,
                 torch=str(torch.__version__),
                 config_digest=config_digest,
-                files=entries,
+                files={**entries},
             )
 
         temporary, folder = self._layout.temporary(name_of(step)), self._layout.folder(step)

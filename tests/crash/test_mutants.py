@@ -53,7 +53,7 @@ MUTANTS = (
     Mutant(
         "hashes are not compared",
         "engine/checkpoint/folder.py",
-        "    if found.hexdigest() != entry.blake2b:",
+        "    if not entry.matches(found):",
         "    if False:",
         "tests/engine/test_checkpoint_store.py",
     ),

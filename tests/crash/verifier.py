@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from blake3 import blake3
+
 from tests.crash.workload import Workload
 
 _FRAME = struct.Struct("<cIII")
@@ -77,7 +79,7 @@ class Checkpoint:
         files = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "MANIFEST"}
         assert files.keys() == listed.keys(), f"{folder}: its files are not those of its manifest"
         for name, data in files.items():
-            assert _digest(data) == listed[name]["blake2b"], f"{folder / name} is damaged"
+            assert blake3(data).hexdigest() == listed[name]["blake3"], f"{folder / name} is damaged"
         meta = json.loads(files["meta.json"])
         return cls(
             step=json.loads(body)["step"],

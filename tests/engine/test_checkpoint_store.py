@@ -13,6 +13,7 @@ from typing import BinaryIO
 
 import pytest
 import torch
+from blake3 import blake3
 
 from engine import __version__
 from engine.checkpoint import (
@@ -578,7 +579,7 @@ def test_meta_that_is_not_a_strict_object_is_refused(store: CheckpointStore, met
     def change(body: dict[str, object]) -> None:
         files = body["files"]
         assert isinstance(files, dict)
-        files["meta.json"] = {"bytes": len(meta), "blake2b": digest(meta)}
+        files["meta.json"] = {"bytes": len(meta), "blake3": blake3(meta).hexdigest()}
 
     change_manifest(folder(store, 1) / "MANIFEST", change)
     store.verify(name_of(1))

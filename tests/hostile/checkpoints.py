@@ -94,7 +94,7 @@ def _swap(one: Path, other: Path) -> None:
 
 def _forged_manifests() -> Iterator[Harm]:
     """A manifest whose own hash fits, and that says what it must not."""
-    entry = {"size": 1, "blake2b": "0" * 64}
+    entry = {"bytes": 1, "blake3": "0" * 64}
     for name in ("../x", "/etc/passwd", "a/b", "..", ".", "", "x\0y", "meta.json\n", "\u202etxt", "x" * 5_000):
         yield _forged(lambda body, name=name: body["files"].update({name: entry}))  # type: ignore[misc]
     for key, value in (
@@ -111,7 +111,7 @@ def _forged_manifests() -> Iterator[Harm]:
     ):
         yield _forged(lambda body, key=key, value=value: body.update({key: value}))  # type: ignore[misc]
     for size in (-1, 1e300, 2**70, "1", None):
-        yield _forged(lambda body, size=size: body["files"]["meta.json"].update(length=size))  # type: ignore[misc]
+        yield _forged(lambda body, size=size: body["files"]["meta.json"].update(bytes=size))  # type: ignore[misc]
     for text in (
         "[" * 50_000,
         '{"format":1,"format":1}',
