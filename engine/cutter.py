@@ -228,7 +228,7 @@ class Cutter:
         return self._cut(now)
 
     def deadline(self) -> float:
-        """When `next` may give a cut without more records, in the seconds given to `feed`; infinite if never."""
+        """When `next` may give a cut without more records, in the time of `feed`: -inf if one is full, inf if never."""
         return math.inf
 
     def exhausted(self) -> bool:
@@ -355,7 +355,7 @@ class ArrivalCutter(Cutter):
     def _cut_new(self, now: float) -> Cut | None:
         for kind in (self._turn, Kind.DATA, Kind.FEEDBACK):
             line = self._lines[kind]
-            if line and (len(line) >= self._max_size or now >= self._due(kind) or self._over(kind)):
+            if line and (now >= self._due(kind) or self._over(kind)):
                 self._turn = Kind.FEEDBACK if kind is Kind.DATA else Kind.DATA
                 items = line.take(self._max_size)
                 self._forget(kind, len(items))
@@ -372,6 +372,8 @@ class ArrivalCutter(Cutter):
             self.feed(left, now)
 
     def _due(self, kind: Kind) -> float:
+        if len(self._lines[kind]) >= self._max_size:
+            return -math.inf
         return self._arrived[kind][0][0] + self._max_delay if self._arrived[kind] else math.inf
 
     def _over(self, kind: Kind) -> bool:

@@ -80,15 +80,14 @@ class Daemon:
         self.turn = anyio.Lock()
         """Held for as long as something happens between two batches, or a batch does."""
         self.state = "starting"
-        self.started = CLOCK.monotonic()
-        self.last_progress = CLOCK.monotonic()
+        self.started = self.last_progress = CLOCK.monotonic()
         self.saver = Saver(self, checkpoint_every)
         self._compute = CapacityLimiter(1)
         self._learning = CapacityLimiter(1)
         self._threads = CapacityLimiter(8)
         self.under_way: Sequence[Cut] = ()
         """What the model's thread applies at present."""
-        self._wake = anyio.Event()
+        self._wake, self._until = anyio.Event(), math.inf
         self._leaving = anyio.Event()
         self._job: anyio.Event | None = None
         self._stopping = False
@@ -219,12 +218,13 @@ class Daemon:
             self.writer.answered = {**self.writer.answered, **chunk.committed}
             self.handover.placed(chunk)
         for items in chunk.items:
-            self.cutter.feed(items, CLOCK.monotonic())
+            self.cutter.feed(items, chunk.since)
         if chunk.read:
             self.cutter.read(chunk.read)
         if chunk.ended:
             self.cutter.ended(chunk.ended)
-        self._wake.set()
+        if not chunk.items or self.cutter.rebuilding or not self._until <= self.cutter.deadline() < math.inf:
+            self._wake.set()  # there is more to do than to wait on for a full batch, or for the end of its delay
 
     async def _serve(self) -> None:
         """Take turns until stopped or until every stream has ended."""
@@ -296,7 +296,7 @@ class Daemon:
         away = any(not reader.available for reader in self.readers)
         self.state = "waiting for a broker" if away else "waiting for records"
         now = CLOCK.monotonic()
-        until = min(self.cutter.deadline(), max(self.saver.next, now + 0.05), now + 1.0)
+        self._until = until = min(self.cutter.deadline(), max(self.saver.next, now + 0.05), now + 1.0)
         with anyio.move_on_after(max(0.0, until - now)):
             await self._wake.wait()
 

@@ -31,6 +31,8 @@ POLL_RECORDS = 512
 MOST_RECORDS = 2048
 """What a poll asks for at most, while those before it were full: larger steps through a backlog take less time."""
 POLL_SECONDS = 0.1
+GATHER_SHARE, GATHER_SECONDS = 0.8, 0.05
+"""Share of a batch's delay, and the longest time, for which records come together before they are handed over."""
 MIXED_SECONDS = 0.005
 """Longest wait for records of one stream while another is paused and may have room again at any time."""
 LOOK_SECONDS = 0.25
@@ -45,6 +47,8 @@ class Chunk:
 
     items: Sequence[Sequence[Item]] = ()
     """In parts of one stream each."""
+    since: float = 0.0
+    """The earliest time at which they may have come, by the monotonic clock."""
     placed: bool = False
     """Whether partitions were given out anew; what is not in ``assigned`` then, and was ours, is ours no more."""
     assigned: Sequence[Partition] = ()
@@ -70,10 +74,11 @@ class Reader:
         hand_over: Takes a chunk, called on the event loop.
         revoked: Called on the event loop when partitions go, with the seconds there are for it; returns once they are
             finished with, None where that could not be.
-        high: Records of one stream that may wait before it is paused.
+        high: See `resize`.
         taken: Of the partitions in ``start`` that came from others, the position up to which these had worked.
         exact: Whether answers are committed together with positions; see `Holdings`.
         patience: Seconds that finishing with partitions may take.
+        max_delay: See `resize`.
     """
 
     def __init__(
@@ -89,6 +94,7 @@ class Reader:
         taken: Positions | None = None,
         exact: bool = False,
         patience: float = math.inf,
+        max_delay: float = 0.0,
     ) -> None:
         self._source = source
         self._kinds = kinds
@@ -98,14 +104,14 @@ class Reader:
         self._rebuilding: Positions = {}
         self._hand_over = hand_over
         self._revoked = revoked
-        self.high = high
+        self.resize(high, max_delay)
         self._given = dict.fromkeys(source.streams, 0)
         self._paused: set[str] = set()
         self._announced: frozenset[Partition] = frozenset()
         self._commits: deque[tuple[Positions, Positions]] = deque(maxlen=1)
         self._committing, self._left = threading.Lock(), set[Partition]()
         self._stop, self._room = threading.Event(), threading.Event()
-        self._opened, self._running, self._most = False, False, POLL_RECORDS
+        self._opened, self._running, self._most, self._few = False, False, POLL_RECORDS, False
         self.starved: frozenset[str] = frozenset()
         """Streams that are read on however much of them waits, because work stands still without."""
         self.trouble = ""
@@ -114,8 +120,7 @@ class Reader:
         self.committed: Positions = {}
         self.lag: dict[Partition, int] = {}
         self.retention = Retention(source)
-        self.last_poll = 0.0
-        self.seen = self.bytes = 0
+        self.last_poll, self.seen, self.bytes = 0.0, 0, 0
 
     # -- the source's questions, on the reader's thread ---------------------------------------------------------
 
@@ -154,6 +159,17 @@ class Reader:
             self._source.commit(standing.done, standing.floors)
 
     # -- the engine's requests, from any thread -----------------------------------------------------------------
+
+    def resize(self, high: int, max_delay: float) -> None:
+        """Read on for batches of other limits.
+
+        Args:
+            high: Records of one stream that may wait before it is paused.
+            max_delay: Seconds that a record waits for its batch to fill, from `Chunk.since` on. For most of them the
+                reader gathers what comes, if that is little, as each handing over costs the same.
+        """
+        self.high = high
+        self._gathering = 0.0 if self._source.bounded else min(GATHER_SHARE * max_delay, GATHER_SECONDS)
 
     def commit(self, positions: Positions, floors: Positions | None = None) -> None:
         """Have positions and their floors committed soon; a newer request replaces an older one."""
@@ -213,12 +229,14 @@ class Reader:
             while not self._stop.is_set():
                 self._room.clear()
                 self._regulate(taken)
+                since = self._gather()
                 records = self._poll()
+                self._few = 0 < len(records) < self._most
                 self._most = self._next_most(len(records))
                 self.last_poll = now = CLOCK.monotonic()
                 if records:
                     failpoint("reader.polled")
-                    self._give(records)
+                    self._give(records, max(since, now - self._gathering))
                 if self._rebuilding:
                     self._announce_read()
                 self._announce_end()
@@ -233,6 +251,14 @@ class Reader:
             self._commit()
         finally:
             self.close()
+
+    def _gather(self) -> float:
+        """Wait for more to come where the last poll gave but a few; return the earliest time at which it may come."""
+        now = CLOCK.monotonic()
+        if not self._few or self._paused or self._rebuilding:
+            return now
+        self._stop.wait(min(max(0.0, self.last_poll + self._gathering - now), self._gathering))
+        return self.last_poll
 
     def _look_for_trouble(self) -> None:
         """Note what is in the way of the source, and tell of it when it begins and ends."""
@@ -285,7 +311,7 @@ class Reader:
         """Streams that are paused because too much of them waits."""
         return tuple(sorted(self._paused))
 
-    def _give(self, records: Sequence[Record]) -> None:
+    def _give(self, records: Sequence[Record], since: float) -> None:
         items: list[Sequence[Item]] = []
         for stream, part in _by_stream(records):
             decode = decode_events if self._kinds[stream] is Kind.DATA else decode_feedback
@@ -295,7 +321,7 @@ class Reader:
             self.bytes += sum(map(len, part.values if isinstance(part, Records) else [record.value for record in part]))
         self.seen += len(records)
         failpoint("reader.decoded")
-        anyio.from_thread.run_sync(self._hand_over, Chunk(items))
+        anyio.from_thread.run_sync(self._hand_over, Chunk(items, since))
         failpoint("reader.handed")
 
     def _announce_read(self) -> None:

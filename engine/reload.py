@@ -217,7 +217,7 @@ class Reloader:
         daemon.cutter.resize(policy.batching.max_size, policy.batching.max_delay)
         daemon.runner.floors.resize(policy.join.window)
         for reader in daemon.readers:
-            reader.high = HIGH_BATCHES * policy.batching.max_size
+            reader.resize(HIGH_BATCHES * policy.batching.max_size, policy.batching.max_delay)
         daemon.metrics.reloaded(found.digest)
         self._applied(policy)
 

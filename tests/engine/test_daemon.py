@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import anyio
+import numpy as np
 import pytest
 import structlog
 
@@ -19,15 +20,19 @@ from engine.daemon import Daemon
 from engine.errors import RestartError, StorageError, UnreachableError
 from engine.keeper import Snapshot
 from engine.learner import Job, Learner
+from engine.reader import Chunk
 from engine.status import status
 from engine.writer import QUEUE_BATCHES
 from streams.base import Assignment, Message, Partition, Record, RefusedStreamError, StreamError, StreamUnavailableError
+from streams.codec import decode_events, encode_event
 from streams.journal import Entry, Journal, JournalError
 from streams.memory import MemorySink, MemorySource
 from streams.pace import Hurry
-from tests.engine.cores import choice, make_core
+from streams.seams import CLOCK
+from tests.engine.cores import FEATURES, choice, make_core
 from tests.engine.parts import (
     SIZE,
+    SPEC,
     answered,
     daemon_on,
     errors_of,
@@ -175,6 +180,31 @@ async def test_stopped_before_it_has_begun_the_daemon_leaves_in_order(tmp_path: 
         daemon.stop()
         await run(daemon)
     assert steps(tmp_path)[0] == 0
+
+
+async def test_what_only_waits_for_its_batch_to_fill_wakes_nobody(tmp_path: Path) -> None:
+    with daemon_on(tmp_path, memory(0, bounded=False)) as daemon:
+        daemon.cutter.assigned([("data", 0), ("feedback", 0)])
+
+        def wakes(chunk: Chunk) -> bool:
+            daemon._wake = anyio.Event()
+            daemon.hand_over(chunk)
+            return daemon._wake.is_set()
+
+        def some(first: int, count: int) -> Chunk:
+            values = [
+                encode_event(f"e{n}", np.zeros(FEATURES, np.float32), time=1.0) for n in range(first, first + count)
+            ]
+            records = [Record("data", 0, first + n, first + n + 1, 1.0, None, v, ()) for n, v in enumerate(values)]
+            good, _ = decode_events(records, SPEC)
+            return Chunk([good], since=CLOCK.monotonic() + 60)
+
+        assert wakes(some(0, 1))
+        daemon._until = daemon.cutter.deadline()  # as when it waits
+        assert not wakes(some(1, 1))
+        assert wakes(some(2, SIZE - 2))
+        assert daemon.cutter.next(0.0) is not None
+        assert wakes(Chunk(ended=frozenset([("data", 0)])))
 
 
 async def test_a_source_that_owns_no_partition_has_not_ended(tmp_path: Path) -> None:

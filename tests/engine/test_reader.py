@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Mapping, Sequence
 
 import anyio
@@ -11,11 +12,12 @@ from anyio import to_thread
 from engine import reader as module
 from engine.cutter import Bad
 from engine.holdings import Standing
-from engine.reader import Chunk, Reader
+from engine.reader import GATHER_SECONDS, POLL_RECORDS, Chunk, Reader
 from streams.base import Assignment, Found, Partition, Positions, Record, StreamError, StreamUnavailableError
 from streams.codec import Event, Feedback, InputSpec, encode_event, encode_feedback
 from streams.journal import Kind
 from streams.memory import MemorySource
+from streams.seams import CLOCK
 
 SPEC = InputSpec((2,), np.dtype("<f4"))
 KINDS = {"data": Kind.DATA, "feedback": Kind.FEEDBACK}
@@ -28,13 +30,22 @@ def event(number: int) -> bytes:
 class Harness:
     """A reader on a source in memory, and what it handed over."""
 
-    def __init__(self, source: MemorySource, *, high: int = 1000, start: Positions | None = None) -> None:
+    def __init__(
+        self, source: MemorySource, *, high: int = 1000, start: Positions | None = None, max_delay: float = 0.0
+    ) -> None:
         self.source = source
         self.taken = dict.fromkeys(source.streams, 0)
         self.chunks: list[Chunk] = []
         self.revocations: list[tuple[list[Partition], bool]] = []
         self.reader = Reader(
-            source, KINDS, SPEC, start or {}, hand_over=self.hand_over, revoked=self.revoked, high=high
+            source,
+            KINDS,
+            SPEC,
+            start or {},
+            hand_over=self.hand_over,
+            revoked=self.revoked,
+            high=high,
+            max_delay=max_delay,
         )
 
     def hand_over(self, chunk: Chunk) -> None:
@@ -73,6 +84,65 @@ async def test_good_and_bad_records_come_in_the_order_of_the_stream() -> None:
     assert [type(one) for one in harness.items] == [Event, Event, Bad, Event, Bad]
     assert [one.record.offset for one in harness.items if isinstance(one, Event | Bad)] == [0, 1, 2, 3, 4]
     assert (harness.reader.seen, harness.reader.waiting(harness.taken)) == (5, 5)
+
+
+class Waits(threading.Event):
+    """An event that notes how long somebody was to wait for it, and has records come meanwhile."""
+
+    def __init__(self, source: MemorySource, rounds: int) -> None:
+        super().__init__()
+        self.seconds: list[float] = []
+        self._source, self._rounds = source, rounds
+
+    def wait(self, timeout: float | None = None) -> bool:
+        assert timeout is not None
+        self.seconds.append(timeout)
+        if len(self.seconds) <= self._rounds:
+            for number in range(3):
+                self._source.append("data", event(number))
+        else:
+            self._source.finish()
+        return False
+
+
+async def test_records_that_come_a_few_at_a_time_are_gathered_for_most_of_a_batchs_delay() -> None:
+    source = MemorySource({"data": 1}, bounded=False)
+    source.append("data", event(0))
+    harness = Harness(source, max_delay=0.01)
+    harness.reader._stop = waits = Waits(source, rounds=4)
+    began = CLOCK.monotonic()
+    with anyio.fail_after(60):
+        await harness.run()
+    given = [chunk for chunk in harness.chunks if chunk.items]
+    assert [len(items) for chunk in given for items in chunk.items][:4] == [1, 3, 3, 3]
+    assert all(0 <= seconds <= 0.008 for seconds in waits.seconds[:4])
+    times = [chunk.since for chunk in given]
+    assert times == sorted(times)
+    assert began - 0.008 <= times[0]
+    assert times[-1] <= CLOCK.monotonic()
+
+
+@pytest.mark.parametrize(("bounded", "max_delay"), [(True, 0.01), (False, 0.0)], ids=["bounded", "no delay"])
+async def test_nothing_is_gathered_where_the_streams_end_or_a_batch_waits_for_nothing(
+    bounded: bool, max_delay: float
+) -> None:
+    source = filled(3) if bounded else MemorySource({"data": 1}, bounded=False)
+    harness = Harness(source, max_delay=max_delay)
+    assert harness.reader._gathering == 0.0
+    harness.reader.resize(1000, 1.0)
+    assert harness.reader._gathering == (0.0 if bounded else GATHER_SECONDS)
+
+
+async def test_a_backlog_is_read_without_waiting() -> None:
+    source = MemorySource({"data": 1}, bounded=False)
+    for number in range(2 * POLL_RECORDS):
+        source.append("data", event(number))
+    harness = Harness(source, high=100_000, max_delay=0.01)
+    harness.reader._stop = waits = Waits(source, rounds=1)
+    with anyio.fail_after(60):
+        await harness.run()
+    assert [len(items) for chunk in harness.chunks for items in chunk.items][:3] == [POLL_RECORDS, POLL_RECORDS, 3]
+    assert len(waits.seconds) <= 3
 
 
 async def test_each_stream_is_decoded_as_what_it_carries() -> None:
