@@ -22,10 +22,10 @@ def main() -> None:
     configure_logs(loaded.policy.log)
     give = Reader._give  # noqa: SLF001
 
-    def first(reader: Reader, records: Sequence[Record]) -> None:
+    def first(reader: Reader, records: Sequence[Record], since: float) -> None:
         Reader._give = give  # type: ignore[method-assign]  # noqa: SLF001
         note_start()
-        give(reader, records)
+        give(reader, records, since)
 
     Reader._give = first  # type: ignore[method-assign]  # noqa: SLF001
     run_policy(loaded)

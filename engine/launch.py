@@ -131,6 +131,7 @@ def _daemon(
             taken=taken,
             exact=writer.transactional,
             patience=policy.streams.kafka.patience if policy.streams.kafka is not None else math.inf,
+            max_size=policy.batching.max_size,
             max_delay=policy.batching.max_delay,
         )
         reader.retention.covered = partial(covered, keeper.store)

@@ -31,8 +31,8 @@ POLL_RECORDS = 512
 MOST_RECORDS = 2048
 """What a poll asks for at most, while those before it were full: larger steps through a backlog take less time."""
 POLL_SECONDS = 0.1
-GATHER_SHARE, GATHER_SECONDS = 0.8, 0.05
-"""Share of a batch's delay, and the longest time, for which records come together before they are handed over."""
+GATHER_SHARE, GATHER_SECONDS = 0.8, 0.004
+"""Share of a batch's delay, and the longest time, for which few records come together before they are handed over."""
 MIXED_SECONDS = 0.005
 """Longest wait for records of one stream while another is paused and may have room again at any time."""
 LOOK_SECONDS = 0.25
@@ -48,7 +48,7 @@ class Chunk:
     items: Sequence[Sequence[Item]] = ()
     """In parts of one stream each."""
     since: float = 0.0
-    """The earliest time at which they may have come, by the monotonic clock."""
+    """When the first of them may have come, by the monotonic clock."""
     placed: bool = False
     """Whether partitions were given out anew; what is not in ``assigned`` then, and was ours, is ours no more."""
     assigned: Sequence[Partition] = ()
@@ -78,6 +78,7 @@ class Reader:
         taken: Of the partitions in ``start`` that came from others, the position up to which these had worked.
         exact: Whether answers are committed together with positions; see `Holdings`.
         patience: Seconds that finishing with partitions may take.
+        max_size: See `resize`.
         max_delay: See `resize`.
     """
 
@@ -94,6 +95,7 @@ class Reader:
         taken: Positions | None = None,
         exact: bool = False,
         patience: float = math.inf,
+        max_size: int = 0,
         max_delay: float = 0.0,
     ) -> None:
         self._source = source
@@ -102,9 +104,8 @@ class Reader:
         self._holdings = Holdings(start, taken or {}, exact=exact)
         self._patience = patience
         self._rebuilding: Positions = {}
-        self._hand_over = hand_over
-        self._revoked = revoked
-        self.resize(high, max_delay)
+        self._hand_over, self._revoked = hand_over, revoked
+        self.resize(high, max_size, max_delay)
         self._given = dict.fromkeys(source.streams, 0)
         self._paused: set[str] = set()
         self._announced: frozenset[Partition] = frozenset()
@@ -160,16 +161,16 @@ class Reader:
 
     # -- the engine's requests, from any thread -----------------------------------------------------------------
 
-    def resize(self, high: int, max_delay: float) -> None:
+    def resize(self, high: int, max_size: int, max_delay: float) -> None:
         """Read on for batches of other limits.
 
         Args:
             high: Records of one stream that may wait before it is paused.
-            max_delay: Seconds that a record waits for its batch to fill, from `Chunk.since` on. For most of them the
-                reader gathers what comes, if that is little, as each handing over costs the same.
+            max_size: Records of a full batch. Fewer are gathered for a moment, as each handing over costs the same.
+            max_delay: Seconds that a record waits for its batch to fill, from `Chunk.since` on.
         """
-        self.high = high
-        self._gathering = 0.0 if self._source.bounded else min(GATHER_SHARE * max_delay, GATHER_SECONDS)
+        self.high, self._full = high, 0 if self._source.bounded else max_size
+        self._gathering = min(GATHER_SHARE * max_delay, GATHER_SECONDS)
 
     def commit(self, positions: Positions, floors: Positions | None = None) -> None:
         """Have positions and their floors committed soon; a newer request replaces an older one."""
@@ -229,14 +230,13 @@ class Reader:
             while not self._stop.is_set():
                 self._room.clear()
                 self._regulate(taken)
-                since = self._gather()
-                records = self._poll()
-                self._few = 0 < len(records) < self._most
+                records, since = self._gather()
+                self._few = 0 < len(records) < min(self._full, self._most)
                 self._most = self._next_most(len(records))
                 self.last_poll = now = CLOCK.monotonic()
                 if records:
                     failpoint("reader.polled")
-                    self._give(records, max(since, now - self._gathering))
+                    self._give(records, since)
                 if self._rebuilding:
                     self._announce_read()
                 self._announce_end()
@@ -252,13 +252,15 @@ class Reader:
         finally:
             self.close()
 
-    def _gather(self) -> float:
-        """Wait for more to come where the last poll gave but a few; return the earliest time at which it may come."""
-        now = CLOCK.monotonic()
-        if not self._few or self._paused or self._rebuilding:
-            return now
-        self._stop.wait(min(max(0.0, self.last_poll + self._gathering - now), self._gathering))
-        return self.last_poll
+    def _gather(self) -> tuple[Sequence[Record], float]:
+        """What the source gives next, after a moment where it gave few before, and when that may have begun to come."""
+        if self._few and not self._paused and not self._rebuilding:
+            left = self.last_poll + self._gathering - CLOCK.monotonic()
+            if left > 0:
+                self._stop.wait(min(left, self._gathering))
+            if records := self._source.poll(self._most, 0.0):
+                return records, self.last_poll
+        return self._poll(), CLOCK.monotonic()
 
     def _look_for_trouble(self) -> None:
         """Note what is in the way of the source, and tell of it when it begins and ends."""

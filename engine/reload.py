@@ -217,7 +217,8 @@ class Reloader:
         daemon.cutter.resize(policy.batching.max_size, policy.batching.max_delay)
         daemon.runner.floors.resize(policy.join.window)
         for reader in daemon.readers:
-            reader.resize(HIGH_BATCHES * policy.batching.max_size, policy.batching.max_delay)
+            size, delay = policy.batching.max_size, policy.batching.max_delay
+            reader.resize(HIGH_BATCHES * size, size, delay)
         daemon.metrics.reloaded(found.digest)
         self._applied(policy)
 

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Mapping, Sequence
 
 import anyio
@@ -17,7 +16,6 @@ from streams.base import Assignment, Found, Partition, Positions, Record, Stream
 from streams.codec import Event, Feedback, InputSpec, encode_event, encode_feedback
 from streams.journal import Kind
 from streams.memory import MemorySource
-from streams.seams import CLOCK
 
 SPEC = InputSpec((2,), np.dtype("<f4"))
 KINDS = {"data": Kind.DATA, "feedback": Kind.FEEDBACK}
@@ -30,22 +28,13 @@ def event(number: int) -> bytes:
 class Harness:
     """A reader on a source in memory, and what it handed over."""
 
-    def __init__(
-        self, source: MemorySource, *, high: int = 1000, start: Positions | None = None, max_delay: float = 0.0
-    ) -> None:
+    def __init__(self, source: MemorySource, *, high: int = 1000, start: Positions | None = None) -> None:
         self.source = source
         self.taken = dict.fromkeys(source.streams, 0)
         self.chunks: list[Chunk] = []
         self.revocations: list[tuple[list[Partition], bool]] = []
         self.reader = Reader(
-            source,
-            KINDS,
-            SPEC,
-            start or {},
-            hand_over=self.hand_over,
-            revoked=self.revoked,
-            high=high,
-            max_delay=max_delay,
+            source, KINDS, SPEC, start or {}, hand_over=self.hand_over, revoked=self.revoked, high=high
         )
 
     def hand_over(self, chunk: Chunk) -> None:
@@ -86,63 +75,121 @@ async def test_good_and_bad_records_come_in_the_order_of_the_stream() -> None:
     assert (harness.reader.seen, harness.reader.waiting(harness.taken)) == (5, 5)
 
 
-class Waits(threading.Event):
-    """An event that notes how long somebody was to wait for it, and has records come meanwhile."""
+class Live(MemorySource):
+    """A source and a clock: records come while somebody sleeps, or waits for the first of them."""
 
-    def __init__(self, source: MemorySource, rounds: int) -> None:
-        super().__init__()
-        self.seconds: list[float] = []
-        self._source, self._rounds = source, rounds
+    def __init__(self, sleeps: Sequence[int], waits: Sequence[int]) -> None:
+        super().__init__({"data": 1}, bounded=False)
+        self.now = 100.0
+        self.slept: list[float] = []
+        self._sleeps, self._waits, self._count = list(sleeps), list(waits), 0
 
-    def wait(self, timeout: float | None = None) -> bool:
-        assert timeout is not None
-        self.seconds.append(timeout)
-        if len(self.seconds) <= self._rounds:
-            for number in range(3):
-                self._source.append("data", event(number))
+    def come(self, count: int) -> None:
+        for _ in range(count):
+            self.append("data", event(self._count))
+            self._count += 1
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def poll(self, max_records: int, timeout: float) -> Sequence[Record]:
+        found = super().poll(max_records, 0.0)
+        if found or not timeout:
+            return found
+        self.now += 1.0
+        if not self._waits:
+            self.finish()
         else:
-            self._source.finish()
-        return False
+            self.come(self._waits.pop(0))
+        return super().poll(max_records, 0.0)
+
+    def is_set(self) -> bool:
+        return self.bounded
+
+    def set(self) -> None:
+        self.finish()
+
+    def wait(self, seconds: float) -> None:
+        if self.bounded:  # all is over
+            return
+        self.slept.append(seconds)
+        self.now += seconds
+        self.come(self._sleeps.pop(0) if self._sleeps else 0)
 
 
-async def test_records_that_come_a_few_at_a_time_are_gathered_for_most_of_a_batchs_delay() -> None:
-    source = MemorySource({"data": 1}, bounded=False)
-    source.append("data", event(0))
-    harness = Harness(source, max_delay=0.01)
-    harness.reader._stop = waits = Waits(source, rounds=4)
-    began = CLOCK.monotonic()
-    with anyio.fail_after(60):
-        await harness.run()
-    given = [chunk for chunk in harness.chunks if chunk.items]
-    assert [len(items) for chunk in given for items in chunk.items][:4] == [1, 3, 3, 3]
-    assert all(0 <= seconds <= 0.008 for seconds in waits.seconds[:4])
-    times = [chunk.since for chunk in given]
-    assert times == sorted(times)
-    assert began - 0.008 <= times[0]
-    assert times[-1] <= CLOCK.monotonic()
+def live(
+    monkeypatch: pytest.MonkeyPatch,
+    sleeps: Sequence[int],
+    waits: Sequence[int],
+    *,
+    size: int = 64,
+    delay: float = 0.004,
+) -> tuple[Live, Harness]:
+    """A reader on such a source, which is its clock as well, and what it sleeps on."""
+    source = Live(sleeps, waits)
+    monkeypatch.setattr(module, "CLOCK", source)
+    harness = Harness(source, high=100_000)
+    harness.reader.resize(100_000, size, delay)
+    monkeypatch.setattr(harness.reader, "_stop", source)
+    return source, harness
 
 
-@pytest.mark.parametrize(("bounded", "max_delay"), [(True, 0.01), (False, 0.0)], ids=["bounded", "no delay"])
-async def test_nothing_is_gathered_where_the_streams_end_or_a_batch_waits_for_nothing(
-    bounded: bool, max_delay: float
+async def test_records_that_come_a_few_at_a_time_are_gathered_for_most_of_a_batchs_delay(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    source = filled(3) if bounded else MemorySource({"data": 1}, bounded=False)
-    harness = Harness(source, max_delay=max_delay)
-    assert harness.reader._gathering == 0.0
-    harness.reader.resize(1000, 1.0)
-    assert harness.reader._gathering == (0.0 if bounded else GATHER_SECONDS)
-
-
-async def test_a_backlog_is_read_without_waiting() -> None:
-    source = MemorySource({"data": 1}, bounded=False)
-    for number in range(2 * POLL_RECORDS):
-        source.append("data", event(number))
-    harness = Harness(source, high=100_000, max_delay=0.01)
-    harness.reader._stop = waits = Waits(source, rounds=1)
+    source, harness = live(monkeypatch, sleeps=[3, 4, 0], waits=[1, 2])
     with anyio.fail_after(60):
         await harness.run()
-    assert [len(items) for chunk in harness.chunks for items in chunk.items][:3] == [POLL_RECORDS, POLL_RECORDS, 3]
-    assert len(waits.seconds) <= 3
+    given = [(len(chunk.items[0]), round(chunk.since, 6)) for chunk in harness.chunks if chunk.items]
+    # What was there after a sleep may have come since the poll before; what was waited for came when the wait ended.
+    assert given == [(1, 101.0), (3, 101.0), (4, 101.0032), (2, 102.0096)]
+    assert [round(seconds, 6) for seconds in source.slept] == [0.0032] * 4
+
+
+@pytest.mark.parametrize(("size", "delay"), [(1, 1.0), (64, 0.0)], ids=["full at once", "no delay"])
+async def test_nothing_is_gathered_for_batches_that_do_not_wait(
+    monkeypatch: pytest.MonkeyPatch, size: int, delay: float
+) -> None:
+    source, harness = live(monkeypatch, sleeps=[], waits=[1, 1], size=size, delay=delay)
+    with anyio.fail_after(60):
+        await harness.run()
+    assert ([len(chunk.items[0]) for chunk in harness.chunks if chunk.items], source.slept) == ([1, 1], [])
+
+
+async def test_however_long_a_batch_waits_records_are_gathered_for_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    source, harness = live(monkeypatch, sleeps=[], waits=[1], delay=60.0)
+    with anyio.fail_after(60):
+        await harness.run()
+    assert [round(seconds, 6) for seconds in source.slept] == [GATHER_SECONDS]
+
+
+async def test_what_has_its_end_or_is_paused_or_rebuilt_is_not_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
+    source, harness = live(monkeypatch, sleeps=[], waits=[0, 0, 0])
+    reader = harness.reader
+    await to_thread.run_sync(reader.open)
+    reader._few, reader._paused = True, {"data"}
+    reader._room.set()
+    reader._gather()
+    reader._paused, reader._rebuilding = set(), {("data", 0): 5}
+    reader._gather()
+    assert source.slept == []
+    reader._rebuilding = {}
+    reader.last_poll = source.now
+    reader._gather()
+    assert len(source.slept) == 1
+    bounded = Harness(filled(3))
+    bounded.reader.resize(1000, 64, 1.0)
+    await bounded.run()
+    assert not bounded.reader._few
+
+
+async def test_a_backlog_is_read_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    source, harness = live(monkeypatch, sleeps=[], waits=[], size=4096)
+    source.come(2 * POLL_RECORDS)
+    with anyio.fail_after(60):
+        await harness.run()
+    assert [len(chunk.items[0]) for chunk in harness.chunks if chunk.items] == [POLL_RECORDS, POLL_RECORDS]
+    assert len(source.slept) == 1  # after the second, which was not full
 
 
 async def test_each_stream_is_decoded_as_what_it_carries() -> None:

@@ -10,6 +10,8 @@ import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from blake3 import blake3
+
 from engine.checkpoint.manifest import digest
 
 Harm = Callable[[Path], object]
@@ -168,8 +170,7 @@ def _resigned(name: str, content: bytes) -> Harm:
         (folder / name).write_bytes(content)
         body = json.loads((folder / "MANIFEST").read_bytes().partition(b"\n")[0])
         known = body["files"][name]
-        for key in known:
-            known[key] = len(content) if isinstance(known[key], int) else digest(content)
+        known["bytes"], known["blake3"] = len(content), blake3(content).hexdigest()
         _sign(folder, json.dumps(body).encode())
 
     return harm

@@ -108,8 +108,9 @@ def test_no_hostile_checkpoint_is_loaded_or_starts_anything_anew(tmp_path: Path)
         store.lock()
         try:
             store.load(whole)
-        except StorageError:
-            pass
+        except StorageError as error:
+            if name.startswith("forged_tensors") and "its hash differs" in str(error):
+                passed.append(f"{name}: it was to have a hash that fits")
         else:
             passed.append(name)
         store.close()
