@@ -38,7 +38,7 @@ from engine.policy import Model, Policy
 from engine.policyfile import LoadedPolicy
 from engine.preflight import check
 from engine.reader import Reader
-from engine.reload import HIGH_BATCHES, Reloader
+from engine.reload import Reloader, reading
 from engine.runner import Runner
 from engine.timecutter import TimeCutter
 from engine.watchdog import Watchdog
@@ -127,12 +127,10 @@ def _daemon(
             start,
             hand_over=daemon.hand_over,
             revoked=daemon.handover.revoked,
-            high=HIGH_BATCHES * policy.batching.max_size,
             taken=taken,
             exact=writer.transactional,
             patience=policy.streams.kafka.patience if policy.streams.kafka is not None else math.inf,
-            max_size=policy.batching.max_size,
-            max_delay=policy.batching.max_delay,
+            **reading(policy),
         )
         reader.retention.covered = partial(covered, keeper.store)
         readers.append(reader)

@@ -167,6 +167,7 @@ class Reader:
         Args:
             high: Records of one stream that may wait before it is paused.
             max_size: Records of a full batch. Fewer are gathered for a moment, as each handing over costs the same.
+                0 for a source that fetches in polls alone, so that any pause between them is one of fetching.
             max_delay: Seconds that a record waits for its batch to fill, from `Chunk.since` on.
         """
         self.high, self._full = high, 0 if self._source.bounded else max_size

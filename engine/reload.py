@@ -13,7 +13,7 @@ import json
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypedDict
 
 import anyio
 import numpy as np
@@ -217,10 +217,25 @@ class Reloader:
         daemon.cutter.resize(policy.batching.max_size, policy.batching.max_delay)
         daemon.runner.floors.resize(policy.join.window)
         for reader in daemon.readers:
-            size, delay = policy.batching.max_size, policy.batching.max_delay
-            reader.resize(HIGH_BATCHES * size, size, delay)
+            reader.resize(**reading(policy))
         daemon.metrics.reloaded(found.digest)
         self._applied(policy)
+
+
+class Reading(TypedDict):
+    """What `Reader.resize` is given."""
+
+    high: int
+    max_size: int
+    max_delay: float
+
+
+def reading(policy: Policy) -> Reading:
+    """The limits of readers under a policy. Of the clients, librdkafka alone fetches between two polls."""
+    kafka = policy.streams.kafka if policy.streams is not None else None
+    ahead = kafka is not None and kafka.client == "confluent"
+    size, delay = policy.batching.max_size, policy.batching.max_delay
+    return Reading(high=HIGH_BATCHES * size, max_size=size if ahead else 0, max_delay=delay)
 
 
 def _mark(path: Path) -> tuple[int, ...] | None:
