@@ -23,12 +23,13 @@ from engine.errors import PolicyFileError
 from engine.launch import run_policy
 from engine.learner import Job, Learner
 from engine.policyfile import LoadedPolicy, load
-from engine.reload import Reloader
+from engine.reload import Reloader, reading
 from engine.scaffold import EVENTS, LABEL_EVERY, init
 from engine.status import status
 from policies.interfaces import Action
 from tests.crash.zygote import Life, Zygote
 from tests.engine.parts import resting, until
+from tests.engine.policies import BASE, write
 from tests.engine.test_policy_invalid import CASES
 
 FOLLOW = {
@@ -412,3 +413,12 @@ def test_trying_a_policy_leaves_the_generators_alone_that_a_model_may_draw_from(
     drive(project, script)
     if mode == "inline":
         assert exclusive == [True, True], "serving would draw from them at the same time"
+
+
+@pytest.mark.parametrize(("client", "size"), [("kafka-python", 0), ("confluent", 48)])
+def test_only_what_a_client_fetches_ahead_is_gathered(tmp_path: Path, client: str, size: int) -> None:
+    kafka = {"bootstrap_servers": "localhost:9092", "group": "g", "client": client}
+    streams = {"kafka": kafka, "data": {"kafka": "events"}, "predictions": {"kafka": "answers"}}
+    text = f"{BASE}streams: {json.dumps(streams)}\nbatching: {{max_size: 48, max_delay: 5ms}}\n"
+    policy = load(write(tmp_path, text), environ={}).policy
+    assert reading(policy) == {"high": 16 * 48, "max_size": size, "max_delay": 0.005}
