@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import functools
 import json
-import os
 import re
 import signal
 import subprocess
@@ -251,8 +250,10 @@ class Process:
         raise AssertionError(f"not within {limit:g} s; last status {status}; log {self.words}")
 
     def send(self, sign: signal.Signals) -> None:
-        if self.alive:
-            os.kill(self.pid, sign)
+        if self._program is None:
+            self._life.signal(sign)
+        else:
+            self._program.send_signal(sign)
 
     def kill(self) -> None:
         """SIGKILL, as the kernel or an operator in a hurry sends it."""

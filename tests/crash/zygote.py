@@ -63,8 +63,8 @@ class Life:
             time.sleep(0.02)
 
     def signal(self, number: signal.Signals) -> None:
-        if self.ended is None:
-            os.kill(self.pid, number)
+        """Send a signal; nothing happens to one that has ended."""
+        self.zygote.signal(self.pid, number)
 
 
 class Zygote:
@@ -89,8 +89,7 @@ class Zygote:
 
     def __exit__(self, *exc: object) -> None:
         for pid in self._born:
-            if self.poll(pid, 0.0) is None:
-                os.kill(pid, signal.SIGKILL)
+            self.signal(pid, signal.SIGKILL)
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None
         assert stdout is not None
@@ -101,14 +100,15 @@ class Zygote:
     def start(self, arguments: Sequence[str], environment: Mapping[str, str], log: Path, before: str = "") -> Life:
         """Begin a life with these arguments of the command line, ``before`` run first; ``log`` is appended to."""
         log.touch()
-        request = {"arguments": list(arguments), "environment": dict(environment), "log": str(log), "before": before}
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(request).encode() + b"\n")
-        self._process.stdin.flush()
+        self._ask({"arguments": list(arguments), "environment": dict(environment), "log": str(log), "before": before})
         while not isinstance(pid := self._read(30.0).get("pid"), int):
             pass
         self._born.append(pid)
         return Life(self, pid, log)
+
+    def signal(self, pid: int, number: signal.Signals) -> None:
+        """Have a child signalled. Only its parent knows that it lives: it ends at any moment, and its id is free."""
+        self._ask({"signal": [pid, number]})
 
     def poll(self, pid: int, seconds: float) -> int | None:
         """The exit code of a child; waits for it up to so many seconds."""
@@ -118,6 +118,11 @@ class Zygote:
             if self._read(max(left, 0.0)) is NOTHING and left <= 0:
                 return None
         return self._exits[pid]
+
+    def _ask(self, request: dict[str, Any]) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(request).encode() + b"\n")
+        self._process.stdin.flush()
 
     def _read(self, seconds: float) -> dict[str, Any]:
         """The next line of the zygote; empty if none comes in time."""
@@ -187,7 +192,7 @@ def _child(request: dict[str, Any]) -> NoReturn:
 
 
 def main() -> None:
-    """Fork a child for each line that comes, and tell of each that ends."""
+    """Fork a child for each line that asks for one, signal those that live, and tell of each that ends."""
     for name in IMPORTS:
         importlib.import_module(name)
     gc.collect()
@@ -197,31 +202,43 @@ def main() -> None:
     signal.signal(signal.SIGCHLD, lambda number, frame: None)
     signal.set_wakeup_fd(told)
     tell({"threads": threading.active_count()})
+    living: set[int] = set()
     pending = b""
     while True:
         ready, _, _ = select.select([0, wake], [], [])
         if wake in ready:
             os.read(wake, 4096)
-        reap()
+        reap(living)
         if 0 in ready:
             data = os.read(0, 1 << 16)
             if not data:
                 return
             *lines, pending = (pending + data).split(b"\n")
             for line in lines:
-                pid = os.fork()
-                if not pid:
-                    signal.set_wakeup_fd(-1)
-                    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                    _child(json.loads(line))
-                tell({"pid": pid})
+                answer(json.loads(line), living)
+
+
+def answer(request: dict[str, Any], living: set[int]) -> None:
+    """Do what a line asks for."""
+    if "signal" in request:
+        pid, number = request["signal"]
+        if pid in living:
+            os.kill(pid, number)
+        return
+    pid = os.fork()
+    if not pid:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        _child(request)
+    living.add(pid)
+    tell({"pid": pid})
 
 
 def tell(line: dict[str, Any]) -> None:
     os.write(1, json.dumps(line).encode() + b"\n")
 
 
-def reap() -> None:
+def reap(living: set[int]) -> None:
     """Tell of the children that have ended."""
     while True:
         try:
@@ -230,6 +247,7 @@ def reap() -> None:
             return
         if not pid:
             return
+        living.discard(pid)
         tell({"exit": [pid, status]})
 
 
