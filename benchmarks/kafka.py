@@ -4,9 +4,10 @@
 
 Each contestant is a process of its own with one thread for tensor operations. It finds a backlog in a topic of four
 partitions (64 numbers a record, about 0.7 KB in JSON), multiplies by a 64 x 10 matrix, and writes id, label and
-probabilities to another topic, acknowledged by all replicas, idempotent. Contestants take turns on the same backlog,
-and ratios are taken within a turn. A rate is answers over the time from the moment when the first record was read to
-the broker's own stamp of the last answer. Every event must have its answer, or there is no result.
+probabilities to another topic, acknowledged by all replicas, idempotent. The broker runs as Kafka's own scripts start
+it. Contestants take turns on the same backlog, and ratios are taken within a turn. A rate is answers over the time from
+the moment when the first record was read to the broker's own stamp of the last answer. Every event must have its
+answer, or there is no result.
 
 Part ``rates`` holds adaptd with each of its clients against the bare loop with that client (`benchmarks.kafka_loops`),
 Quix Streams and Bytewax. All of them leave their client as it comes; ``confluent_tuned`` is the bare loop with
@@ -50,8 +51,8 @@ PEERS = ("quix", "bytewax")
 PARTS = ("rates", "costs", "latency")
 TARGET_SHARE = 0.8
 LABEL_EVERY = 100
-RECORDS = {"json": 150_000, "binary": 300_000}
-"""Of a backlog."""
+RECORDS = {"json": 300_000, "binary": 500_000}
+"""Of a backlog: several of librdkafka's pauses, which one turn may meet and the next one not."""
 
 MODEL = """\
 from torch import nn

@@ -19,7 +19,7 @@ from kafka.admin import NewTopic
 
 from benchmarks.results import one_thread
 from streams.codec import encode_event, encode_feedback
-from tests.broker.node import Node, jars
+from tests.broker.node import QUIET, Node, jars
 
 PARTITIONS = 4
 SHAPE = 64
@@ -44,6 +44,19 @@ class Answered(NamedTuple):
 
 SEGMENT_BYTES = 1 << 30
 """As brokers have it by default; that of the tests begins a new file for each 16 MiB, so that they see that too."""
+
+JVM = (
+    "-Xms1g",
+    "-Xmx1g",
+    "-server",
+    "-XX:+UseG1GC",
+    "-XX:MaxGCPauseMillis=20",
+    "-XX:InitiatingHeapOccupancyPercent=35",
+    "-XX:+ExplicitGCInvokesConcurrent",
+    "-XX:MaxInlineLevel=15",
+    *QUIET,
+)
+"""As Kafka's own scripts start a broker; that of the tests has a quarter of the memory and never compiles well."""
 
 
 class Arena:
@@ -127,7 +140,7 @@ def arena() -> Iterator[Arena]:
         made.close()
         return
     with tempfile.TemporaryDirectory() as home:
-        node = Node(jars(), Path(home))
+        node = Node(jars(), Path(home), JVM)
         node.format()
         node.start()
         try:
