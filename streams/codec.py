@@ -13,9 +13,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from streams import codec_binary, codec_json
+from streams import codec_alike, codec_binary, codec_json, codec_json_many
 from streams.base import Message, Record
-from streams.codec_alike import decode_together
 from streams.codec_binary import MAGIC, encode_events
 from streams.codec_types import (
     MAX_BYTES,
@@ -77,7 +76,9 @@ def decode_events(
         The events in order, and the records that are none, each with what is wrong.
     """
     layout = codec_binary.layout_of(spec)
-    together = decode_together(records, layout, max_bytes)
+    together = codec_alike.decode_together(records, layout, max_bytes)
+    if together is None:
+        together = codec_json_many.decode_together(records, spec, max_bytes)
     if together is not None:
         return together, []
     events: list[Event] = []
@@ -213,7 +214,7 @@ def encode_predictions(
         One message for each event in order: key is the event id, header ``adaptd-id`` is ``stream-partition-offset``.
     """
     record_ids = _record_ids(Records.of(records))
-    encode = codec_binary.encode_predictions if form == "binary" else codec_json.encode_predictions
+    encode = codec_binary.encode_predictions if form == "binary" else codec_json_many.encode_predictions
     return encode(ids, labels.tolist(), probabilities, times, record_ids=record_ids, release=release, step=step)
 
 

@@ -23,14 +23,14 @@ import importlib.util
 import json
 import math
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import chain
 from json.encoder import encode_basestring_ascii
 from typing import Any, Final, NoReturn, cast
 
 import numpy as np
 
-from streams.base import Message, Record
+from streams.base import Record
 from streams.codec_types import (
     VERSION,
     BadRecord,
@@ -47,7 +47,8 @@ MAX_DEPTH: Final = 32
 """Deepest nesting of lists and objects that is parsed."""
 
 _MAX_LABEL: Final = 2**63 - 1
-_quote: Callable[[str], str] = encode_basestring_ascii
+quote: Callable[[str], str] = encode_basestring_ascii
+"""Write a text as JSON."""
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -66,8 +67,12 @@ _BRACKETS: Final = bytes.maketrans(b"{}", b"[]")
 _NOT_BRACKETS: Final = bytes(code for code in range(256) if code not in b"[]{}")
 
 
-def _check_depth(value: bytes) -> None:
-    """Refuse nesting beyond `MAX_DEPTH` before the parser, which recurses, sees it."""
+def check_depth(value: bytes) -> None:
+    """Refuse nesting beyond `MAX_DEPTH` before the parser, which recurses, sees it.
+
+    Raises:
+        BadRecord: Lists and objects nest deeper.
+    """
     if value.count(b"[") + value.count(b"{") <= MAX_DEPTH:
         return
     # Taking the innermost pairs away at once costs one pass for each level, all of them in C.
@@ -92,7 +97,7 @@ def _without_strings(value: bytes) -> bytes:
     return b"".join(value.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')[::2])
 
 
-_orjson: Final[Any] = importlib.import_module("orjson") if importlib.util.find_spec("orjson") else None
+orjson: Final[Any] = importlib.import_module("orjson") if importlib.util.find_spec("orjson") else None
 """A much faster parser, where it is installed. What it makes of a record counts only where that is beyond doubt."""
 
 
@@ -105,8 +110,8 @@ def parse_quickly(value: bytes) -> dict[str, Any] | None:
     has a colon behind it, and where there are no more colons than different keys, no key is there twice.
     """
     try:
-        _check_depth(value)
-        parsed = _orjson.loads(value)
+        check_depth(value)
+        parsed = orjson.loads(value)
     except (BadRecord, ValueError):
         return None
     if type(parsed) is not dict or type(parsed.get("version", VERSION)) is not int:
@@ -126,7 +131,7 @@ def parse(value: bytes) -> dict[str, Any]:
         text = value.decode()
     except UnicodeDecodeError as error:
         raise BadRecord(Reason.NOT_UTF8, f"record is not UTF-8 at byte {error.start}") from None
-    _check_depth(value)
+    check_depth(value)
     try:
         parsed = _DECODER.decode(text)
     except json.JSONDecodeError as error:
@@ -195,7 +200,7 @@ def decode_event(record: Record, spec: InputSpec) -> Event:
     Raises:
         BadRecord: The record is not exactly a data record of these inputs.
     """
-    if _orjson is not None and (parsed := parse_quickly(record.value)) is not None:
+    if orjson is not None and (parsed := parse_quickly(record.value)) is not None:
         try:
             return _event(parsed, record, spec)
         except BadRecord:
@@ -205,7 +210,7 @@ def decode_event(record: Record, spec: InputSpec) -> Event:
 
 def _event(parsed: dict[str, Any], record: Record, spec: InputSpec) -> Event:
     event_id = check_id(_required(parsed, "id"))
-    inputs = _inputs(_required(parsed, "inputs"), spec)
+    inputs = inputs_of(_required(parsed, "inputs"), spec)
     group = parsed.get("group")
     time = _time(parsed, record)
     return Event(event_id, inputs, time, None if group is None else check_id(group, "group"), record)
@@ -227,7 +232,7 @@ def decode_feedback(record: Record, spec: InputSpec) -> Feedback:
         None if label is None else read_label(label),
         None if reward is None else _number(reward, "reward", Reason.SCHEMA),
         _time(parsed, record),
-        None if inputs is None else _inputs(inputs, spec),
+        None if inputs is None else inputs_of(inputs, spec),
         record,
     )
 
@@ -263,7 +268,12 @@ def _count(model: dict[str, Any], field: str) -> int:
     return value
 
 
-def _inputs(value: object, spec: InputSpec) -> bytes:
+def inputs_of(value: object, spec: InputSpec) -> bytes:
+    """Return the inputs of a record, checked.
+
+    Raises:
+        BadRecord: They are not what the spec says.
+    """
     if type(value) is dict:
         return _tensor(value, spec)
     if type(value) is list and len(spec.shape) == 1 and len(value) == spec.count:
@@ -366,35 +376,3 @@ def encode_feedback(
     """Encode one feedback record; see `streams.codec.encode_feedback`."""
     fields = {"id": event_id, "label": label, "reward": reward, "time": _finite(time, "time")}
     return _dump(fields | {"inputs": None if inputs is None else _inputs_object(inputs)})
-
-
-def encode_predictions(
-    ids: Sequence[str],
-    labels: Sequence[int],
-    probabilities: np.ndarray[Any, Any],
-    times: Sequence[float],
-    *,
-    record_ids: Sequence[bytes],
-    release: int,
-    step: int,
-) -> list[Message]:
-    """Encode predictions; see `streams.codec.encode_predictions`."""
-    # Nine significant digits give every float32 back exactly, and formatting a row is one operation.
-    slots = ",".join(["%.9g"] * probabilities.shape[1])
-    tail = f'"model":{{"release":{release},"step":{step}}}}}'
-    template = f'{{"version":{VERSION},"id":%s,"label":%d,"probabilities":[{slots}],"time":%r,{tail}'
-    rows = np.asarray(probabilities, dtype=np.float32)
-    finite = bool(np.isfinite(rows).all())
-    messages = []
-    for event_id, label, row, time, record_id in zip(ids, labels, rows.tolist(), times, record_ids, strict=True):
-        text = template % (_quote(event_id), label, *row, time)
-        if not finite:
-            text = _with_nulls(template, event_id, label, row, time)
-        messages.append(Message(event_id.encode(), text.encode(), (("adaptd-id", record_id),)))
-    return messages
-
-
-def _with_nulls(template: str, event_id: str, label: int, row: list[float], time: float) -> str:
-    """Write null for what JSON has no number for."""
-    shown = [f"{p:.9g}" if math.isfinite(p) else "null" for p in row]
-    return template.replace("%.9g", "%s") % (_quote(event_id), label, *shown, time)

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streams import codec, codec_json
+from streams import codec, codec_alike, codec_json
 from streams.base import Record
-from streams.codec import Event, InputSpec, Reason, decode_events, encode_event, encode_events
+from streams.codec import Event, Events, InputSpec, Reason, decode_events, encode_event, encode_events
 
 SPEC = InputSpec((3,), np.dtype("f4"))
 DEEP = InputSpec((1,) * 9 + (2,), np.dtype("f4"))
@@ -25,7 +25,7 @@ def records(values: list[bytes], timestamp: float = 7.5) -> list[Record]:
 def one_by_one(given_records: list[Record], spec: InputSpec = SPEC) -> tuple[list[Event], list[tuple[Record, Reason]]]:
     events: list[Event] = []
     refused = []
-    with patch.object(codec, "decode_together", return_value=None), patch.object(codec_json, "_orjson", None):
+    with patch.object(codec_alike, "decode_together", return_value=None), patch.object(codec_json, "orjson", None):
         for record in given_records:
             good, bad = decode_events([record], spec)
             events += good
@@ -120,6 +120,12 @@ HARD = [
     '{"id": "\\ud800", "inputs": [1, 2, 3], "time": 5}',
     '{"id": "\\ud83d\\ude00", "inputs": [1, 2, 3], "time": 5}',
     '{"id": "a", "inputs": [1, 2, 3], "time": 5, "note": ' + "[" * 40 + "]" * 40 + "}",
+    '{"id": "a", "inputs": {"dtype": "float32", "shape": [3], "data": "AACAPwAAAEAAAEBA", "x": '
+    + "[" * 40
+    + "]" * 40
+    + '}, "time": 5}',
+    '{"id": "a", "inputs": ' + "[" * 40 + "]" * 40 + ', "time": 5}',
+    '{"id": "a", "inputs": [1, 2, 3], "time": 5, "group": ' + "[" * 2000 + "]" * 2000 + "}",
     '\ufeff{"id": "a", "inputs": [1, 2, 3], "time": 5}',
     '[{"id": "a", "inputs": [1, 2, 3], "time": 5}]',
     '{"id": "a", "inputs": {"dtype": "float32", "shape": [3], "data": "AACAPwAAAEAAAEBA"}, "time": 5}',
@@ -150,3 +156,66 @@ def test_the_faster_parser_takes_plain_records() -> None:
     value = encode_event("a", np.array([1, 2, 3], "f4"), 5, form="json", tensor=False)
     with patch.object(codec_json, "parse", side_effect=AssertionError):
         assert at_once(records([value]))[0][0].id == "a"
+
+
+PLAIN = '{"id": "p%d", "inputs": [1, 2.5, -3e-7], "time": %d.25}'
+
+
+@pytest.mark.parametrize("text", [*HARD, '{"id": "a", "inputs": [1, true, 2]}', '{"id": "a", "inputs": [1e40, 1, 2]}'])
+def test_one_hard_record_among_plain_ones_changes_nothing_for_them(text: str) -> None:
+    values = [(PLAIN % (at, at)).encode() for at in range(4)]
+    values.insert(2, text.encode())
+    assert repr(at_once(records(values))) == repr(one_by_one(records(values)))
+
+
+@pytest.mark.parametrize("name", ["f4", "f8", "u1", "i8"])
+@given(st.data())
+def test_json_records_are_decoded_at_once_as_one_by_one(name: str, data: st.DataObject) -> None:
+    spec = InputSpec((3,), np.dtype(name))
+    number = st.integers(0, 300) | st.floats(0, 300) | st.sampled_from([-1, 2**63, 1e39, 5e-324, True])
+    tensor = {"dtype": spec.name, "shape": [3], "data": "AAAA"}
+    record = st.fixed_dictionaries(
+        {"id": st.text(max_size=3), "inputs": st.lists(number, min_size=3, max_size=3) | st.just(tensor)},
+        optional={
+            "time": st.none() | st.integers(-1, 9) | st.floats(0, 9) | st.sampled_from([1e300, True, "1"]),
+            "group": st.none() | st.text(max_size=2),
+            "version": st.sampled_from([1, 2, 1.0, True]),
+            "more": st.just("a:b"),
+        },
+    )
+    values = [json.dumps(one).encode() for one in data.draw(st.lists(record, max_size=6))]
+    timestamp = data.draw(st.sampled_from([7.5, math.nan]))
+    assert repr(at_once(records(values, timestamp), spec)) == repr(one_by_one(records(values, timestamp), spec))
+
+
+def test_json_records_come_in_columns() -> None:
+    pytest.importorskip("orjson")
+    values = [(PLAIN % (at, at)).encode() for at in range(9)]
+    with patch.object(codec_json, "decode_event", side_effect=AssertionError):
+        events, refused = decode_events(records(values), SPEC)
+    assert isinstance(events, Events)
+    assert (list(events), refused) == (one_by_one(records(values))[0], [])
+
+
+_shares = st.floats(width=32, allow_subnormal=True) | st.sampled_from([0.1, 1.0, 1e-10, math.nan, math.inf])
+
+
+@pytest.mark.parametrize("faster", [True, False])
+@given(st.lists(st.tuples(_shares, _shares), max_size=5))
+def test_answers_in_json_give_every_probability_back(faster: bool, rows: list[tuple[float, float]]) -> None:
+    probabilities = np.array(rows, np.float32).reshape(-1, 2)
+    ids = [f'"{at}' for at in range(len(rows))]
+    with patch.object(codec_json, "orjson", codec_json.orjson if faster else None):
+        sent = codec.encode_predictions(
+            ids, np.arange(len(rows)), probabilities, [1.5] * len(rows),
+            records=records([b""] * len(rows)), release=2, step=3,
+        )  # fmt: skip
+    back = [codec.decode_prediction(message.value) for message in sent]
+    kept = np.where(np.isfinite(probabilities), probabilities, np.float32(math.nan))
+    np.testing.assert_array_equal(np.array([one.probabilities for one in back], np.float32).reshape(-1, 2), kept)
+    assert [(one.id, one.label, one.time, one.release, one.step) for one in back] == [
+        (name, at, 1.5, 2, 3) for at, name in enumerate(ids)
+    ]
+    assert [(message.key, message.headers) for message in sent] == [
+        (name.encode(), (("adaptd-id", f"events-1-{at}".encode()),)) for at, name in enumerate(ids)
+    ]
