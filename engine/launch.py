@@ -41,6 +41,7 @@ from engine.reader import Reader
 from engine.reload import Reloader, reading
 from engine.runner import Runner
 from engine.timecutter import TimeCutter
+from engine.turns import long_turns
 from engine.watchdog import Watchdog
 from engine.writer import Writer
 from streams.base import Positions, Source
@@ -249,7 +250,7 @@ def run_policy(
             _set_aside(store)
         daemon = assemble(loaded, Metrics(), store)
         try:
-            with rare_collections():
+            with rare_collections(), long_turns():
                 anyio.run(_run, daemon, sock, loaded, read, watch)
         finally:
             daemon.core.joins.close()
