@@ -96,7 +96,7 @@ def _times(found: Sequence[Any], timestamps: Sequence[float]) -> list[float] | N
 
 def _inputs(found: Sequence[Any], values: Sequence[bytes], spec: InputSpec) -> list[bytes] | None:
     """The inputs of all, if they are good."""
-    if len(spec.shape) > 1 or set(map(type, found)) != {list} or set(map(len, found)) != {spec.count}:
+    if len(spec.shape) != 1 or set(map(type, found)) != {list} or set(map(len, found)) != {spec.count}:
         try:
             return [inputs_of(one, spec) for one in found]
         except BadRecord:

@@ -188,6 +188,13 @@ def test_json_records_are_decoded_at_once_as_one_by_one(name: str, data: st.Data
     assert repr(at_once(records(values, timestamp), spec)) == repr(one_by_one(records(values, timestamp), spec))
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1), (2, 2)])
+@pytest.mark.parametrize("inputs", ["1", "[1]", "[[1]]", "[[1, 2], [3, 4]]", "[1, 2, 3, 4]", "[]", "[[1, 2], [3]]"])
+def test_inputs_in_json_have_the_shape_that_they_are_to_have(shape: tuple[int, ...], inputs: str) -> None:
+    spec, value = InputSpec(shape, np.dtype("f4")), f'{{"id": "a", "inputs": {inputs}}}'.encode()
+    assert repr(at_once(records([value] * 2), spec)) == repr(one_by_one(records([value] * 2), spec))
+
+
 def test_json_records_come_in_columns() -> None:
     pytest.importorskip("orjson")
     values = [(PLAIN % (at, at)).encode() for at in range(9)]
