@@ -75,7 +75,8 @@ class Affinity:
     async def keep(self) -> None:
         """Look now and each second, until `release`."""
         with anyio.CancelScope() as self._keeping:
-            while len(self._allowed) > 1:
+            # Released in the moment in which the sleep ended, it is not interrupted there.
+            while len(self._allowed) > 1 and not self._keeping.cancel_called:
                 self.look()
                 await anyio.sleep(LOOK_SECONDS)
 

@@ -266,6 +266,23 @@ async def test_threads_are_looked_at_again_and_again(
         together.release()  # and with that nobody looks any more
 
 
+async def test_nobody_looks_after_a_release_in_the_moment_in_which_a_sleep_ends(
+    allowed: set[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together = Affinity(wanted=True)
+    looks: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        looks.append(seconds)
+        assert len(looks) < 3
+        together.release()
+
+    monkeypatch.setattr(anyio, "sleep", sleep)
+    await together.keep()
+    assert len(looks) == 1
+    assert (together.processor, os.sched_getaffinity(0)) == (None, allowed)
+
+
 def test_processors_have_been_busy_since_the_machine_started() -> None:
     assert busy_seconds().keys() >= os.sched_getaffinity(0)
     assert all(spent > 0 for spent in busy_seconds().values())
