@@ -23,8 +23,8 @@ import importlib.util
 import json
 import math
 import struct
-from collections.abc import Callable
-from itertools import chain
+from collections.abc import Callable, Sequence
+from itertools import chain, repeat
 from json.encoder import encode_basestring_ascii
 from typing import Any, Final, NoReturn, cast
 
@@ -97,28 +97,36 @@ def _without_strings(value: bytes) -> bytes:
     return b"".join(value.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')[::2])
 
 
+_FIELDS: Final = frozenset({"version", "id", "inputs", "time", "group"})
 orjson: Final[Any] = importlib.import_module("orjson") if importlib.util.find_spec("orjson") else None
 """A much faster parser, where it is installed. What it makes of a record counts only where that is beyond doubt."""
 
 
-def parse_quickly(value: bytes) -> dict[str, Any] | None:
-    """Parse one object of the version that is read, if that is beyond doubt; None leaves it to `parse`.
+def parse_quickly(values: Sequence[bytes]) -> list[dict[str, Any]] | None:
+    """Parse objects of the version that is read, if all are that beyond doubt; None leaves them to `parse`.
 
-    orjson refuses all that is no JSON, NaN and infinities, and reads every number as `parse` does but for integers
-    of more than 64 bits: these become the float that is nearest, which is what becomes of them in any field that
-    takes fractions, and which no field for integers takes. It keeps the last of equal keys, so keys are counted: each
-    has a colon behind it, and where there are no more colons than different keys, no key is there twice.
+    orjson refuses all that is no JSON, NaN and infinities, also where nesting is very deep, and reads every number as
+    `parse` does but for integers of more than 64 bits: these become the float that is nearest, which is what becomes of
+    them in any field that takes fractions, and which no field for integers takes. It keeps the last of equal keys, so
+    keys are counted: each has a colon behind it, and where there are no more colons than different keys, no key is
+    there twice.
     """
     try:
-        check_depth(value)
-        parsed = orjson.loads(value)
+        parsed: list[dict[str, Any]] = list(map(orjson.loads, values))
+        if set(map(type, parsed)) != {dict}:
+            return None
+        inputs = [one.get("inputs") for one in parsed]
+        fields = chain.from_iterable(set(map(tuple, parsed)))
+        if dict in set(map(type, inputs)) or not _FIELDS.issuperset(fields):  # else whatever nests is looked at later
+            for value in values:
+                check_depth(value)
     except (BadRecord, ValueError):
         return None
-    if type(parsed) is not dict or type(parsed.get("version", VERSION)) is not int:
+    versions = [one.get("version", VERSION) for one in parsed]
+    if set(map(type, versions)) != {int} or set(versions) != {VERSION}:
         return None
-    inputs = parsed.get("inputs")
-    keys = len(parsed) + (len(inputs) if type(inputs) is dict else 0)
-    return parsed if value.count(b":") == keys and parsed.get("version", VERSION) == VERSION else None
+    keys = [len(one) + (len(own) if type(own) is dict else 0) for one, own in zip(parsed, inputs, strict=True)]
+    return parsed if keys == list(map(bytes.count, values, repeat(b":"))) else None
 
 
 def parse(value: bytes) -> dict[str, Any]:
@@ -200,9 +208,9 @@ def decode_event(record: Record, spec: InputSpec) -> Event:
     Raises:
         BadRecord: The record is not exactly a data record of these inputs.
     """
-    if orjson is not None and (parsed := parse_quickly(record.value)) is not None:
+    if orjson is not None and (parsed := parse_quickly([record.value])) is not None:
         try:
-            return _event(parsed, record, spec)
+            return _event(parsed[0], record, spec)
         except BadRecord:
             pass  # what is wrong is told by the parser that all reasons are defined by
     return _event(parse(record.value), record, spec)

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Sequence
-from itertools import chain, compress, repeat, starmap
+from itertools import compress, repeat, starmap
 from typing import Any, Final
 
 import numpy as np
 
 from streams import codec_json
 from streams.base import Record
-from streams.codec_json import check_depth, inputs_of, quote
+from streams.codec_json import inputs_of, parse_quickly, quote
 from streams.codec_types import LATEST_TIME, MAX_ID_CHARS, VERSION, BadRecord, Events, InputSpec
 from streams.columns import Messages, Records
 
 __all__ = ["decode_together", "encode_predictions"]
 
-_FIELDS: Final = frozenset({"version", "id", "inputs", "time", "group"})
 _MOST_BYTES: Final = 1 << 22
 """Of all values: parsed, they take some times as much memory; larger records are parsed one by one as fast."""
 
@@ -37,7 +36,7 @@ def decode_together(records: Sequence[Record], spec: InputSpec, max_bytes: int) 
     if codec_json.orjson is None or not rows:
         return None
     sizes = list(map(len, rows.values))
-    parsed = _parse(rows.values) if max(sizes) <= max_bytes and sum(sizes) <= _MOST_BYTES else None
+    parsed = parse_quickly(rows.values) if max(sizes) <= max_bytes and sum(sizes) <= _MOST_BYTES else None
     if parsed is None:
         return None
     ids, groups = _column(parsed, "id"), _column(parsed, "group")
@@ -46,26 +45,6 @@ def decode_together(records: Sequence[Record], spec: InputSpec, max_bytes: int) 
         return None
     inputs = _inputs(_column(parsed, "inputs"), rows.values, spec)
     return None if inputs is None else Events(ids, inputs, times, groups, rows)
-
-
-def _parse(values: Sequence[bytes]) -> list[dict[str, Any]] | None:
-    """What `codec_json.parse_quickly` gives for all of them; orjson itself ends where nesting is very deep."""
-    try:
-        parsed: list[dict[str, Any]] = list(map(codec_json.orjson.loads, values))
-        if set(map(type, parsed)) != {dict}:
-            return None
-        inputs = _column(parsed, "inputs")
-        fields = chain.from_iterable(set(map(tuple, parsed)))
-        if dict in set(map(type, inputs)) or not _FIELDS.issuperset(fields):  # else whatever nests is looked at later
-            for value in values:
-                check_depth(value)
-    except (BadRecord, ValueError):
-        return None
-    versions = [one.get("version", VERSION) for one in parsed]
-    if set(map(type, versions)) != {int} or set(versions) != {VERSION}:
-        return None
-    keys = [len(one) + (len(own) if type(own) is dict else 0) for one, own in zip(parsed, inputs, strict=True)]
-    return parsed if keys == list(map(bytes.count, values, repeat(b":"))) else None
 
 
 def _column(parsed: Iterable[dict[str, Any]], field: str) -> list[Any]:
