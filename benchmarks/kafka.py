@@ -1,6 +1,6 @@
 """Records a second through a real broker, beside what else could be run; what each part of adaptd costs; and latency.
 
-    python -m benchmarks.kafka [--peers PYTHON] [--records N] [--repeats N] [--parts NAMES] [--quick]
+    python -m benchmarks.kafka [--peers PYTHON] [--records N] [--repeats N] [--turns N] [--parts NAMES] [--quick]
 
 Each contestant is a process of its own with one thread for tensor operations. It finds a backlog in a topic of four
 partitions (64 numbers a record, about 0.7 KB in JSON), multiplies by a 64 x 10 matrix, and writes id, label and
@@ -319,7 +319,8 @@ def main() -> None:
     made.add_argument("--peers", help="a Python interpreter that has quixstreams and bytewax")
     made.add_argument("--records", type=int)
     made.add_argument("--repeats", type=int)
-    made.add_argument("--seconds", type=float, help="length of a run of the part latency")
+    made.add_argument("--seconds", type=float, help="length of a turn of the part latency")
+    made.add_argument("--turns", type=int, help="turns of the part latency, each of them --seconds long")
     made.add_argument("--rate", type=float, help="records a second of the part latency, where rates are not measured")
     made.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))
     made.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
@@ -327,6 +328,7 @@ def main() -> None:
     made.add_argument("--costs", nargs="+", choices=list(COSTS), default=list(COSTS))
     options = made.parse_args()
     options.repeats = options.repeats or (1 if options.quick else 3)
+    options.turns = options.turns or (1 if options.quick else 5)
     options.seconds = options.seconds or (4.0 if options.quick else 10.0)
     if "latency" in options.parts and "rates" not in options.parts and not options.rate:
         made.error("the part latency goes by half of each rate: add the part rates, or give --rate")

@@ -31,7 +31,7 @@ def latency(bench: Bench, name: str, form: str, rate: float) -> dict[str, Any]:
     Each figure is the median over the turns.
     """
     client = name.rpartition("/")[2]
-    turns = [(waits(bench, name, form, rate), _bare(bench, client, form, rate)) for _ in range(bench.options.repeats)]
+    turns = [(waits(bench, name, form, rate), _bare(bench, client, form, rate)) for _ in range(bench.options.turns)]
     own, bare = map(_medians, zip(*turns, strict=True))
     return own | {"reaches_target": own["p99_ms"] < TARGET_P99_MS, "bare_loop": bare}
 
