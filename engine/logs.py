@@ -72,11 +72,19 @@ class _Clients(logging.Filter):
 
 
 def _is_bug(record: logging.LogRecord) -> bool:
-    """Whether something was raised in a library that neither a network nor a broker brings about."""
+    """Whether a library raised what neither a network, nor a broker, nor its own closing brings about."""
     from kafka.errors import KafkaError
 
     error = record.exc_info[1] if record.exc_info else None
-    return error is not None and not isinstance(error, OSError | KafkaError)
+    return error is not None and not isinstance(error, OSError | KafkaError) and not _is_of_closed(record)
+
+
+def _is_of_closed(record: logging.LogRecord) -> bool:
+    """Whether a record tells of a connection of kafka-python that is closed: one just closed may be read once more."""
+    from kafka.net.transport import KafkaTCPTransport
+
+    told = record.args if isinstance(record.args, tuple) else ()
+    return any(isinstance(of, KafkaTCPTransport) and of.is_closing() for of in told)
 
 
 class _Seldom(logging.Filter):
