@@ -36,7 +36,10 @@ from streams.refusals import Refusals
 from streams.seams import CLOCK, failpoint
 
 QUEUE_BATCHES = 32
-FLUSH_SECONDS = 0.05
+IDLE_SECONDS = 0.05
+"""Time without anything to write after which what was written is flushed."""
+FLUSH_SECONDS = 2.0
+"""Time between two flushes where there is always something to write; answers wait while one lasts."""
 TRANSACTION_SECONDS = 0.1
 """Time between two commits of transactions."""
 FLUSH_TIMEOUT_SECONDS = 2.0
@@ -198,13 +201,14 @@ class Writer:
             last_flush = CLOCK.monotonic()
             while not self._abort.is_set():
                 try:
-                    item = self._queue.get(timeout=FLUSH_SECONDS)
+                    item, idle = self._queue.get(timeout=IDLE_SECONDS), False
                 except queue.Empty:
-                    item = Outgoing()
+                    item, idle = Outgoing(), self._outbox is None
                 if item is not None:
                     self._write(item)
                 now = CLOCK.monotonic()
-                if item is None or item.barrier is not None or now - last_flush >= self._interval or self._full:
+                due = idle or self._full or now - last_flush >= self._interval
+                if due or item is None or item.barrier is not None:
                     self._flush()
                     last_flush = now
                 if item is None:

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -229,6 +231,39 @@ def test_a_barrier_is_passed_once_everything_before_it_is_flushed(harness: Harne
     harness.join()
 
 
+class Ticking:
+    """A clock by which everything takes 0.3 seconds."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def monotonic(self) -> float:
+        self.now += 0.3
+        return self.now
+
+
+def test_where_there_is_always_something_to_write_answers_wait_for_a_flush_every_two_seconds_only(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "CLOCK", Ticking())
+    for number in range(10):
+        harness.writer.put(answers(number, 1))
+    harness.run()
+    assert [what for name, what in harness.log if name == "flushed"] == [{("data", 0): 7}, {("data", 0): 10}]
+
+
+def test_what_was_written_is_flushed_once_there_is_nothing_to_write(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(harness.writer, "_interval", math.inf)
+    harness.begin()
+    harness.writer.put(answers(0, 2))
+    deadline = time.monotonic() + 60
+    while "flushed" not in harness.calls and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert ("flushed", {("data", 0): 2}) in harness.log
+
+
 class Stubborn(Sink):
     """Never takes anything."""
 
@@ -245,7 +280,7 @@ def test_an_abort_ends_the_retries_and_passes_on_nothing_that_is_not_out(monkeyp
     harness = Harness()
     harness.predictions = Stubborn("predictions", harness.log)
     harness.writer._predictions = harness.predictions
-    monkeypatch.setattr(module, "FLUSH_SECONDS", 0.0)
+    monkeypatch.setattr(module, "IDLE_SECONDS", 0.0)
     harness.begin()
     harness.writer.put(answers(0, 2))
     assert harness.predictions.asked.wait(60)
