@@ -108,7 +108,7 @@ class KafkaSettings(BaseModel):
     """Whether records of aborted transactions are read."""
     compression: Literal["gzip", "snappy", "lz4", "zstd"] | None = None
     """How answers are compressed."""
-    linger: Annotated[float, Field(ge=0, le=10)] = 0.005
+    linger: Annotated[float, Field(ge=0, le=10)] = 0.001
     """Seconds that a message may wait for company before it is sent."""
     timeout: Annotated[float, Field(gt=0, le=600)] = 10.0
     """Seconds to wait for the cluster when opening, committing and closing."""
