@@ -61,7 +61,7 @@ class Left(socket.socket):
 
 @pytest.fixture(scope="session", autouse=True)
 def sockets_of_kafka_python() -> Iterator[None]:
-    """Let kafka-python leave sockets to the collector, as it does where it is closed while it connects.
+    """Let kafka-python leave sockets to the collector, as it does now and then when it is closed.
 
     The warning would come in whichever test the collector runs in. Sockets of anybody else have theirs.
     """
