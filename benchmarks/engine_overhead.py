@@ -3,13 +3,13 @@
     python -m benchmarks.engine_overhead [--events N] [--repeats N] [--core N] [--quick]
 
 The daemon reads 64 float32 an event from ``.rec`` files in the binary form, answers in batches of 64, writes binary
-answers to a ``.rec`` file and keeps everything on that it keeps for users: inputs wait for their labels (a tenth of
-the events gets one, a thousand events later), labels are audited, the journal is written, checkpoints are taken every
-two seconds, and ``/metrics`` is served. ``merged_by_time`` is what files that end get by default; ``by_arrival`` is how
-live streams are cut; with ``learning``, the model also learns from its labels, which is more than overhead. The loop
-beside it (``benchmarks.plain_loop``) reads, decodes, predicts, encodes and writes the same stream with the same codecs,
-and does nothing else. All take turns on the same core with one thread for tensor operations; figures are those of the
-median run.
+answers to a ``.rec`` file and keeps everything on that it keeps for users: events wait for their labels (a tenth of
+them gets one, a thousand events later; inputs wait as well where labels are learned from), labels are audited, the
+journal is written, checkpoints are taken every two seconds, and ``/metrics`` is served. ``merged_by_time`` is what
+files that end get by default; ``by_arrival`` is how live streams are cut; with ``learning``, the model also learns
+from its labels, which is more than overhead. The loop beside it (``benchmarks.plain_loop``) reads, decodes, predicts,
+encodes and writes the same stream with the same codecs, and does nothing else. All take turns on the same core with
+one thread for tensor operations; figures are those of the median run.
 
 The time of the daemon runs from the end of its start (the first checkpoint is on the disk) until it has drained: every
 answer flushed and synced, and a last checkpoint written.

@@ -86,7 +86,8 @@ metrics: {{enabled: {metrics}, port: 0}}
 COSTS: dict[str, dict[str, str]] = {
     "as_in_rates": {},
     "no_joins": {"join": "inline"},
-    "joins_mostly_on_disk": {"memory": "32MB"},
+    "all_inputs_kept": {"join": "store, keep: all"},
+    "joins_mostly_on_disk": {"join": "store, keep: all", "memory": "32MB"},
     "no_metrics": {"metrics": "false"},
     "no_checkpoints": {"checkpoint": "1h"},
     "none_of_these": {"join": "inline", "metrics": "false", "checkpoint": "1h"},

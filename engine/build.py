@@ -82,6 +82,7 @@ def build_core(policy: Policy, model: nn.Module, *, background: bool, directory:
         background=background,
         window=policy.join.window,
         freeze_after=policy.release.freeze_after,
+        all_inputs=policy.join.keep == "all",
     )
     return Core(settings, host, methods, learner, audit, joins)
 

@@ -22,6 +22,7 @@ from engine.freeze import Freeze
 from engine.host import ModelHost, clone
 from engine.learner import Job, Learner
 from engine.methods import Methods
+from engine.needs import Needs
 from engine.rows import pack, unpack
 from engine.watermark import Watermark
 from policies.interfaces import (
@@ -86,6 +87,7 @@ class Core:
         self._to_audit: deque[Joined] = deque()
         self._attempted_at, self._reset_due = 0, False
         self._batch: tuple[Batch, Tensor, Answers] | None = None
+        self._needs = Needs(settings, methods, learner)
         self._updates = type(methods.adaptation).update is not Adaptation.update
         self._hears = type(methods.adaptation).labelled is not Adaptation.labelled
 
@@ -141,9 +143,15 @@ class Core:
 
     def _wait_for_labels(self, answers: Answers) -> None:
         """Let the inputs of a batch wait; labels that came before their event join now."""
-        columns, steps = answers.events.columns[:4], [answers.step] * len(answers.events)
-        waiting = WaitingRows(*columns, answers.labels.tolist(), steps, answers.events.records.partitions)
+        events, steps = answers.events, [answers.step] * len(answers.events)
+        inputs = self._needs.inputs(events, one_model=self._one_model)
+        columns = events.ids, inputs, events.times, events.groups
+        waiting = WaitingRows(*columns, answers.labels.tolist(), steps, events.records.partitions)
         self._joined(self.joins.answered(waiting, self.watermark))
+
+    @property
+    def _one_model(self) -> bool:
+        return self._needs.one_model(self.step, self.release)
 
     def _watch(self, batch: Batch, logits: Tensor, answers: Answers) -> None:
         """Note the mean entropy of the answers in nats and count rows that were not finite."""
@@ -195,7 +203,9 @@ class Core:
         """Let events wait for their labels that somebody else has answered. Nothing is answered or adapted to."""
         self.clock.advance([event.time for event in events])
         if self.settings.store_inputs:
-            waiting = [Waiting(*event[:4], -1, -1, event.record.partition) for event in events]
+            inputs = self._needs.inputs(Events.of(events), one_model=False)  # what was answered is not known here
+            rows = zip(events, inputs, strict=True)
+            waiting = [Waiting(e.id, raw, e.time, e.group, -1, -1, e.record.partition) for e, raw in rows]
             self._joined(self.joins.seen(waiting, self.watermark))
         self.make_job()
 
@@ -226,14 +236,23 @@ class Core:
                 named.append((row.id, label, row.group))
             row = row._replace(label=label)
             self.counts["labels"] += 1
-            if held_out(row.id, self.settings.audit_share):
-                self._to_audit.append(row)
-            elif self.freeze.on:
-                self.counts["frozen_labels"] += self.learner.enabled
-            elif self.learner.enabled:
-                self._to_learn.append(row)
+            self._sort(row)
         if named:
             self.methods.adaptation.labelled(*zip(*named, strict=True))
+
+    def _sort(self, row: Joined) -> None:
+        """Keep a labelled row to audit it or to learn from it, if there is a use for it."""
+        if held_out(row.id, self.settings.audit_share):
+            if self._needs.can_judge(row, one_model=self._one_model):
+                self._to_audit.append(row)
+            else:
+                self.counts["labels_without_inputs"] += 1
+        elif self.freeze.on:
+            self.counts["frozen_labels"] += self.learner.enabled
+        elif self.learner.enabled and row.inputs:
+            self._to_learn.append(row)
+        else:
+            self.counts["labels_without_inputs"] += self.learner.enabled
 
     def _label_of(self, row: Joined) -> int | None:
         """The class that feedback names. A positive reward confirms the class that was answered."""
@@ -265,7 +284,7 @@ class Core:
         audit = self._due(self._to_audit, max(1, size // 2))
         every = self.settings.release_every
         due = bool(every) and self.counts["labels"] - self._attempted_at >= every
-        attempt = due and not self.freeze.on and len(self.audit) > 0
+        attempt = due and not self.freeze.on and self.audit.evidence > 0
         if not (learn or audit or attempt):
             return None
         if attempt:

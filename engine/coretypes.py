@@ -22,6 +22,7 @@ class CoreSettings:
         audit_share: Share of feedback held out for the audit window, in [0, 1].
         release_every: Joined labels between two release attempts; 0 for never.
         store_inputs: Whether inputs wait for their feedback, or feedback carries them.
+        all_inputs: Whether those wait that nobody has a use for as well; see `engine.needs`.
         background: Whether jobs run beside serving; else each runs at once, where it is made.
         window: Seconds by which one row may move the watermark; see `engine.watermark`.
         freeze_after: Rollbacks after which nothing adapts or learns any more; 0 for never. See `engine.freeze`.
@@ -35,6 +36,7 @@ class CoreSettings:
     background: bool
     window: float = math.inf
     freeze_after: int = 0
+    all_inputs: bool = False
 
 
 class Answers(NamedTuple):

@@ -107,15 +107,22 @@ class Learner:
         failpoint("learn.end")
 
     def _judge(self, job: Job) -> None:
-        """Have source model and release predict the audited rows."""
-        if job.audited:
-            inputs = self.host.inputs.stack([row.inputs for row in job.audited], self.host.device)
-            job.source_classes = self.host.predict(self.host.source, inputs)
-            job.release_classes = self.host.predict_with(self.host.release, inputs)
-            if any(row.predicted < 0 for row in job.audited):  # inline feedback: what live weights would answer now
-                live = self.host.predict(self.host.learner, inputs).tolist()
-                rows = zip(job.audited, live, strict=True)
-                job.audited = [row if row.predicted >= 0 else row._replace(predicted=cls) for row, cls in rows]
+        """Have source model and release predict the audited rows; for those without inputs both did what was answered.
+
+        See `engine.needs`.
+        """
+        here = [at for at, row in enumerate(job.audited) if row.inputs]
+        job.source_classes = torch.tensor([row.predicted for row in job.audited])
+        job.release_classes = job.source_classes.clone()
+        if not here:
+            return
+        inputs = self.host.inputs.stack([job.audited[at].inputs for at in here], self.host.device)
+        job.source_classes[here] = self.host.predict(self.host.source, inputs)
+        job.release_classes[here] = self.host.predict_with(self.host.release, inputs)
+        if any(row.predicted < 0 for row in job.audited):  # inline feedback: what live weights would answer now
+            live = dict(zip(here, self.host.predict(self.host.learner, inputs).tolist(), strict=True))
+            rows = enumerate(job.audited)
+            job.audited = [row if row.predicted >= 0 else row._replace(predicted=live[at]) for at, row in rows]
 
     def _learn(self, job: Job) -> None:
         """One weighted optimizer step with every safeguard in force."""

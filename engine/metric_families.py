@@ -134,6 +134,9 @@ class Families:
         self.foreign_labels = self._counter(
             "foreign_labels", "Of these, labels: outside the classes that the model has"
         )
+        self.labels_without_inputs = self._counter(
+            "labels_without_inputs", "Usable labels that nothing could be done with, as no inputs were kept (join.keep)"
+        )
         self.label_delay = self._histogram("label_delay_seconds", "From an event to its label", DELAY_SECONDS)
         self.join_pending = self._gauge("join_pending", "Events that wait for feedback")
         self.join_early = self._gauge("join_early", "Feedback that waits for its event")

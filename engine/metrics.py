@@ -257,6 +257,7 @@ class Metrics(Families):
             "labels": self.labels,
             "unusable_labels": self.unusable_labels,
             "foreign_labels": self.foreign_labels,
+            "labels_without_inputs": self.labels_without_inputs,
             "nonfinite_inputs": self.nonfinite_inputs,
             "merged_batches": self.merged_batches,
             "resets": self.resets,

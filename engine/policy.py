@@ -169,6 +169,10 @@ class Join(Section):
     They are part of every checkpoint, and cost more time than those in memory."""
     mode: Literal["store", "inline"] = "store"
     """``store`` keeps the inputs of events; ``inline`` takes them from the feedback itself and keeps none."""
+    keep: Literal["needed", "all"] = "needed"
+    """Which inputs ``store`` keeps. ``needed``: where labels are learned from all, where not those that are held out
+    for the audit, and none where one model answers everything: neither adaptation nor learning nor gate. ``all``: so
+    that a policy that learns can take over without missing what was answered before it."""
 
 
 class Learning(Section):

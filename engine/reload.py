@@ -306,7 +306,7 @@ def _try(core: Core) -> None:
         core.learner.run(core.job)
         core.done()
     core.finish()
-    if len(core.audit):
+    if core.audit.evidence:
         core.job = Job([], [], True, core.watermark)
         core.learner.prepare(core.job)
         core.learner.run(core.job)

@@ -116,3 +116,55 @@ def test_the_state_comes_back() -> None:
     assert other.accuracies() == made.accuracies()
     assert torch.equal(other.window().inputs, made.window().inputs)
     assert other.seen == made.seen == 14
+
+
+def without_inputs(number: int, label: int, live: int) -> Joined:
+    return row(number, label, live)._replace(inputs=b"")
+
+
+def mixed(capacity: int = 10) -> Audit:
+    """Three rows with inputs, numbers 0, 2 and 4, and two without."""
+    made = audit(capacity)
+    made.add([row(0, 1, 1), without_inputs(1, 1, 0)], torch.tensor([1, 0]), torch.tensor([1, 0]))
+    made.add([row(2, 1, 0), without_inputs(3, 1, 1), row(4, 1, 1)], *2 * [torch.tensor([0, 1, 1])])
+    return made
+
+
+def test_rows_without_inputs_count_and_are_no_evidence() -> None:
+    made = mixed()
+    assert (len(made), made.evidence, made.seen) == (5, 3, 5)
+    assert made.accuracies() == {"source": 0.6, "live": 0.6, "release": 0.6}
+    window = made.window()
+    assert torch.equal(window.inputs[:, 0], 2.0 * torch.tensor([0.0, 2.0, 4.0]))
+    assert window.live.tolist() == [1, 0, 1]
+
+
+def test_the_inputs_go_with_their_rows() -> None:
+    made = mixed(capacity=4)
+    assert torch.equal(made.window().inputs[:, 0], 2.0 * torch.tensor([2.0, 4.0]))
+    for number in range(5, 9):
+        made.add([without_inputs(number, 1, 1)], *2 * [torch.ones(1, dtype=torch.int64)])
+    assert (len(made), made.evidence, len(made.window())) == (4, 0, 0)
+    made.add([row(9, 1, 1)], *2 * [torch.ones(1, dtype=torch.int64)])
+    assert torch.equal(made.window().inputs[:, 0], torch.tensor([18.0]))
+
+
+def test_rows_without_inputs_end_with_a_new_release() -> None:
+    made = mixed()
+    made.promoted(torch.tensor([1, 1, 0]))
+    assert (len(made), made.evidence) == (3, 3)
+    assert made.accuracies()["release"] == pytest.approx(2 / 3)
+    assert made.window().release.tolist() == [1, 1, 0]
+
+
+def test_a_state_keeps_apart_which_rows_have_inputs() -> None:
+    made, again = mixed(), audit()
+    again.load_state_dict(made.state_dict())
+    assert torch.equal(again.window().inputs, made.window().inputs)
+    assert again.accuracies() == made.accuracies()
+
+
+def test_a_state_in_which_every_row_had_its_inputs_is_taken_over() -> None:
+    state, made = filled(4).state_dict(), audit()
+    made.load_state_dict(state | {"classes": state["classes"][:, :5]})
+    assert torch.equal(made.window().inputs, filled(4).window().inputs)

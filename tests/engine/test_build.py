@@ -95,6 +95,8 @@ def test_settings_come_from_the_policy(tmp_path: Path) -> None:
     assert (settings.batch_size, settings.max_delay, settings.audit_share) == (3, 7.0, 0.3)
     assert (settings.release_every, settings.store_inputs, settings.background) == (9, False, False)
     assert core_of(tmp_path, "release: {every: 9}\n").settings.release_every == 0, "without a gate nothing is released"
+    assert not settings.all_inputs
+    assert core_of(tmp_path, "join: {keep: all}\n").settings.all_inputs
 
 
 def test_seeds_differ_from_method_to_method_and_follow_from_the_policy(tmp_path: Path) -> None:

@@ -54,6 +54,7 @@ FROZEN = {
     "adaptd_kernel_fallback": ("gauge", ("op",)),
     "adaptd_label_delay_seconds": ("histogram", ()),
     "adaptd_labels": ("counter", ()),
+    "adaptd_labels_without_inputs": ("counter", ()),
     "adaptd_lag_records": ("gauge", ("stream", "partition")),
     "adaptd_lag_seconds": ("gauge", ("stream", "partition")),
     "adaptd_retention_margin_records": ("gauge", ("stream", "partition")),

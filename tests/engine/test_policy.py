@@ -25,7 +25,7 @@ streams.predictions.kafka streams.predictions.file streams.predictions.format
 streams.dead_letters.kafka streams.dead_letters.file
 delivery order
 batching.max_size batching.max_delay
-join.window join.max_bytes join.max_disk_bytes join.mode
+join.window join.keep join.max_bytes join.max_disk_bytes join.mode
 adaptation reweighting safeguards interpolation gate
 learning.enabled learning.optimizer learning.lr learning.clip_norm learning.weight_decay learning.momentum
 learning.batch_size

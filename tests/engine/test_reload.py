@@ -171,6 +171,36 @@ def test_methods_may_come_go_and_be_exchanged(project: Path) -> None:
     drive(project, script)
 
 
+@pytest.mark.parametrize(("keep", "lost"), [("needed", 64), ("all", 0)])
+def test_what_was_answered_before_learning_began_is_learned_from_only_if_all_inputs_are_kept(
+    project: Path, keep: str, lost: int
+) -> None:
+    change(project, {"adaptation: auto": "adaptation: none", "{method: finite}, ": ""})
+    change(project, {"interpolation: {method: linear}\n": "", "gate: {method: flips, budget: 0.01}\n": ""})
+    text = (project / "policy.yaml").read_text()
+    safeguards = next(line for line in text.splitlines() if line.startswith("safeguards:"))
+    change(project, {safeguards: "safeguards: []", "learning: {": "learning: {enabled: false, "})
+    change(project, {"join: {": f"join: {{keep: {keep}, "})
+
+    async def script(running: Running) -> None:
+        daemon = running.daemon
+        assert daemon.core.counts["labels"] > len(daemon.core.audit) > 0
+        assert (daemon.core.audit.evidence > 0) == (keep == "all")
+        append_events(project, 64)
+        await until(lambda: daemon.core.counts["events"] == EVENTS + 64)
+        change(project, {"enabled: false": "enabled: true"})
+        assert await running.reload() == "applied", running.error
+        labels = daemon.core.counts["labels"]
+        append_labels(project, 64)
+        await until(lambda: daemon.core.counts["labels"] == labels + 64)
+        await until(lambda: resting(daemon))
+        assert daemon.core.counts["labels_without_inputs"] == lost
+        daemon.export()
+        assert daemon.metrics.registry.get_sample_value("adaptd_labels_without_inputs_total") == lost
+
+    drive(project, script)
+
+
 def test_the_metrics_and_the_status_tell_of_every_reload(project: Path) -> None:
     async def script(running: Running) -> None:
         metrics, first = running.daemon.metrics, running.reloader.loaded.digest
