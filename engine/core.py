@@ -87,7 +87,7 @@ class Core:
         self._to_audit: deque[Joined] = deque()
         self._attempted_at, self._reset_due = 0, False
         self._batch: tuple[Batch, Tensor, Answers] | None = None
-        self._needs = Needs(settings, methods, learner)
+        self._needs = Needs(settings, host, methods, learner)
         self._updates = type(methods.adaptation).update is not Adaptation.update
         self._hears = type(methods.adaptation).labelled is not Adaptation.labelled
 
@@ -144,14 +144,9 @@ class Core:
     def _wait_for_labels(self, answers: Answers) -> None:
         """Let the inputs of a batch wait; labels that came before their event join now."""
         events, steps = answers.events, [answers.step] * len(answers.events)
-        inputs = self._needs.inputs(events, one_model=self._one_model)
-        columns = events.ids, inputs, events.times, events.groups
+        columns = events.ids, self._needs.answered(events), events.times, events.groups
         waiting = WaitingRows(*columns, answers.labels.tolist(), steps, events.records.partitions)
         self._joined(self.joins.answered(waiting, self.watermark))
-
-    @property
-    def _one_model(self) -> bool:
-        return self._needs.one_model(self.step, self.release)
 
     def _watch(self, batch: Batch, logits: Tensor, answers: Answers) -> None:
         """Note the mean entropy of the answers in nats and count rows that were not finite."""
@@ -203,8 +198,7 @@ class Core:
         """Let events wait for their labels that somebody else has answered. Nothing is answered or adapted to."""
         self.clock.advance([event.time for event in events])
         if self.settings.store_inputs:
-            inputs = self._needs.inputs(Events.of(events), one_model=False)  # what was answered is not known here
-            rows = zip(events, inputs, strict=True)
+            rows = zip(events, self._needs.seen(Events.of(events)), strict=True)
             waiting = [Waiting(e.id, raw, e.time, e.group, -1, -1, e.record.partition) for e, raw in rows]
             self._joined(self.joins.seen(waiting, self.watermark))
         self.make_job()
@@ -243,10 +237,7 @@ class Core:
     def _sort(self, row: Joined) -> None:
         """Keep a labelled row to audit it or to learn from it, if there is a use for it."""
         if held_out(row.id, self.settings.audit_share):
-            if self._needs.can_judge(row, one_model=self._one_model):
-                self._to_audit.append(row)
-            else:
-                self.counts["labels_without_inputs"] += 1
+            self._to_audit.append(row)
         elif self.freeze.on:
             self.counts["frozen_labels"] += self.learner.enabled
         elif self.learner.enabled and row.inputs:
@@ -291,8 +282,14 @@ class Core:
             self._attempted_at = self.counts["labels"]
         learned = [self._to_learn.popleft() for _ in range(min(size, len(self._to_learn)) if learn else 0)]
         # an attempt judges the window as it stands, so rows to audit wait for the next job
-        audited = [self._to_audit.popleft() for _ in range(0 if attempt else len(self._to_audit))]
-        return Job(learned, audited, attempt, self.watermark)
+        return Job(learned, [] if attempt else self._take_audited(), attempt, self.watermark)
+
+    def _take_audited(self) -> list[Joined]:
+        """Take the rows to audit that can be: an earlier policy may have had no use for the inputs of some."""
+        audited = list(filter(self._needs.can_judge, self._to_audit))
+        self.counts["labels_without_inputs"] += len(self._to_audit) - len(audited)
+        self._to_audit.clear()
+        return audited
 
     def _due(self, rows: deque[Joined], size: int) -> bool:
         oldest = rows[0].feedback_time if rows else math.inf
@@ -354,8 +351,7 @@ class Core:
         """Learn from and audit what is left, once a bounded stream has ended."""
         while self.job is None and self.unfinished:
             learned = [self._to_learn.popleft() for _ in range(min(self.settings.batch_size, len(self._to_learn)))]
-            audited = [self._to_audit.popleft() for _ in range(len(self._to_audit))]
-            self.job = Job(learned, audited, False, self.watermark)
+            self.job = Job(learned, self._take_audited(), False, self.watermark)
             self.learner.prepare(self.job)
             self.learner.run(self.job)
             self.done()
@@ -381,6 +377,7 @@ class Core:
             "deferred": self.deferred,
             "to_learn": pack(self._to_learn),
             "to_audit": pack(self._to_audit),
+            "plain": self._needs.plain,
         }
 
     def load_state_dict(self, state: State) -> None:
@@ -393,3 +390,4 @@ class Core:
         self.freeze.load_state_dict(state.get("rolled_back", []))  # nobody counted them once
         self._reset_due, self.deferred = state["reset_due"], state["deferred"]
         self._to_learn, self._to_audit = deque(unpack(state["to_learn"])), deque(unpack(state["to_audit"]))
+        self._needs.restored(plain=state.get("plain", False))  # nobody noted it once

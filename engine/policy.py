@@ -171,8 +171,9 @@ class Join(Section):
     """``store`` keeps the inputs of events; ``inline`` takes them from the feedback itself and keeps none."""
     keep: Literal["needed", "all"] = "needed"
     """Which inputs ``store`` keeps. ``needed``: where labels are learned from all, where not those that are held out
-    for the audit, and none where one model answers everything: neither adaptation nor learning nor gate. ``all``: so
-    that a policy that learns can take over without missing what was answered before it."""
+    for the audit, and none where one model answers everything and always has: no adaptation, learning, gate or
+    safeguard so far. ``all``: so that a policy that learns, or holds out more, can take over without missing what was
+    answered before it."""
 
 
 class Learning(Section):

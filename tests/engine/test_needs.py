@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from engine.audit import held_out
 from engine.core import Core
@@ -30,6 +31,12 @@ def with_settings(core: Core, **settings: object) -> Core:
     return Core(again, core.host, core.methods, core.learner, core.audit, core.joins)
 
 
+def after_a_batch(core: Core) -> Core:
+    core.answer(events(100, 16))
+    core.follow()
+    return core
+
+
 def waiting(core: Core, count: int = 32) -> dict[str, bytes]:
     """Answer events, and return the inputs that wait."""
     core.answer(events(0, count))
@@ -45,7 +52,7 @@ def test_none_waits_where_one_model_answers_everything() -> None:
     assert set(waiting(watching()).values()) == {b""}
 
 
-@pytest.mark.parametrize("because", ["adapts", "guards", "releases", "was updated", "has released"])
+@pytest.mark.parametrize("because", ["adapts", "guards", "releases", "has adapted", "other weights", "other release"])
 def test_those_that_are_held_out_wait_where_source_and_live_may_differ(because: str) -> None:
     made: dict[str, Callable[[], Core]] = {
         "adapts": adapting,
@@ -53,7 +60,11 @@ def test_those_that_are_held_out_wait_where_source_and_live_may_differ(because: 
         "releases": lambda: watching(release_every=9),
     }
     core = made.get(because, watching)()
-    core.step, core.release = int(because == "was updated"), int(because == "has released")
+    if because == "has adapted":
+        core.load_state_dict(after_a_batch(adapting()).state_dict())
+    with torch.no_grad():
+        next(core.host.live.parameters()).add_(float(because == "other weights"))
+        next(iter(core.host.release.values())).add_(float(because == "other release"))
     kept = waiting(core)
     assert kept == {e.id: e.inputs if held_out(e.id, SHARE) else b"" for e in events(0, 32)}
     assert 0 < sum(map(bool, kept.values())) < 32
@@ -100,18 +111,33 @@ def test_where_learning_begins_labels_of_what_was_answered_before_are_counted_as
     assert after.step > 0
 
 
-def test_rows_to_audit_without_inputs_are_audited_by_a_core_that_has_begun_to_learn() -> None:
+def test_rows_that_wait_for_their_audit_without_inputs_are_counted_as_lost_where_learning_begins() -> None:
     before, after = watching(), make_core(audit_share=SHARE)
     waiting(before, 8)
-    before._to_audit.clear()
     before.feedback(feedback(0, 8))
     waits = len(before._to_audit)
     assert waits
     after.load_state_dict(before.state_dict())
     after.finish()
-    assert (len(after.audit), after.audit.evidence) == (waits, 0)
-    accuracy = after.audit.accuracies()
-    assert accuracy["source"] == accuracy["live"] == accuracy["release"]
+    assert (len(after.audit), after.counts["labels_without_inputs"]) == (0, waits)
+
+
+def test_what_another_method_answered_is_not_taken_for_the_answer_of_the_source() -> None:
+    before = make_core(choice("adaptation", "bn", alpha=1.0), learn=False, audit_share=0.0)
+    after = make_core(learn=False, audit_share=1.0)  # one that holds out what the other did not
+    waiting(before)
+    after.load_state_dict(before.state_dict())
+    after.joins = before.joins
+    after.feedback(feedback(0, 32))
+    after.finish()
+    assert (len(after.audit), after.counts["labels_without_inputs"]) == (0, 32)
+
+
+def test_a_state_that_does_not_say_who_answered_is_not_trusted() -> None:
+    old, core = after_a_batch(watching()).state_dict(), watching()
+    assert old.pop("plain")
+    core.load_state_dict(old)
+    assert any(waiting(core).values())
 
 
 def test_a_restored_core_goes_on_bit_for_bit(tmp_path: Path) -> None:
