@@ -16,9 +16,10 @@ wait. Backlogs of the binary form are longer, so that such pauses, and the start
 join nor journal nor checkpoint nor measure, check nothing that they read, and commit offsets without waiting for their
 answers; adaptd does all of that, with up to 1 GB of events that wait for labels, one in a hundred labelled, and a
 checkpoint every five seconds, in batches of up to 512, as the loops poll, or of what 5 ms bring. The loops parse JSON
-with the standard library; adaptd and Quix Streams with orjson. Part ``costs`` takes away, or adds, one thing at a time.
-Part ``latency`` writes records at half of each of adaptd's rates (or at ``--rate``), for adaptd and for the bare loop
-with its client in turn, and compares the broker's stamps of record and answer.
+with the standard library, but for those whose names end in ``_orjson``; adaptd and Quix Streams with orjson. Part
+``costs`` takes away, or adds, one thing at a time. Part ``latency`` writes records at half of each of adaptd's rates
+(or at ``--rate``), for adaptd and for the bare loop with its client in turn, and compares the broker's stamps of record
+and answer.
 
 Quix Streams and Bytewax need an interpreter that has them: ``--peers``. What is missing is skipped, and the result
 says why.
@@ -41,11 +42,14 @@ import psutil
 from benchmarks.kafka_arena import PATIENCE, Arena, Records, arena, fill, running
 from benchmarks.kafka_latency import TARGET_P99_MS, latency
 from benchmarks.results import Report, parser
-from tests.broker.node import BrokerMissingError
+from tests.broker.node import BrokerMissingError, kafka_version
 
 FORMS = ("json", "binary")
 CLIENTS = {"kafka_python": "kafka-python", "confluent": "confluent"}
-BARE = {"kafka_python": ("kafka_python",), "confluent": ("confluent", "confluent_tuned")}
+BARE = {
+    "kafka_python": ("kafka_python", "kafka_python_orjson"),
+    "confluent": ("confluent", "confluent_tuned", "confluent_orjson"),
+}
 """The bare loops with each client, the one of the target first."""
 PEERS = ("quix", "bytewax")
 PARTS = ("rates", "costs", "latency")
@@ -225,7 +229,7 @@ def missing(bench: Bench) -> dict[str, str]:
     return {name: why for name, why in found.items() if name in bench.options.contestants}
 
 
-CONTESTANTS = ("kafka_python", "adaptd/kafka_python", *BARE["confluent"], "adaptd/confluent", *PEERS)
+CONTESTANTS = (*BARE["kafka_python"], "adaptd/kafka_python", *BARE["confluent"], "adaptd/confluent", *PEERS)
 
 
 def take_turns(bench: Bench, names: Mapping[str, tuple[str, Mapping[str, str]]], form: str) -> dict[str, list[Turn]]:
@@ -262,6 +266,7 @@ def share(turns: Sequence[Turn], of: Sequence[Turn]) -> dict[str, float]:
 
 def rates(bench: Bench, names: Sequence[str], form: str) -> dict[str, Any]:
     """All contestants, and adaptd's share of the others' rates."""
+    names = [name for name in names if form == "json" or not name.endswith("_orjson")]
     turns = take_turns(bench, {name: (name, {}) for name in names}, form)
     out: dict[str, Any] = {name: figures(runs) for name, runs in turns.items()}
     for client in CLIENTS:
@@ -289,12 +294,32 @@ def costs(bench: Bench, client: str, form: str) -> dict[str, Any]:
     return out
 
 
+ASK = """
+import importlib.metadata as found, sys
+print(*(f"{name} {found.version(name)}" for name in sys.argv[1:] if list(found.distributions(name=name))), sep="\\n")
+"""
+
+
+def versions(peers: str | None) -> dict[str, str]:
+    """Versions of the broker, the clients, the parser of JSON and the peers, as far as they are there."""
+    found = {"apache-kafka": kafka_version()}
+    for python, packages in (
+        (sys.executable, ("kafka-python", "confluent-kafka", "orjson")),
+        (peers, ("quixstreams", "bytewax")),
+    ):
+        if python is not None:
+            told = subprocess.run([python, "-c", ASK, *packages], capture_output=True, text=True, check=False).stdout
+            found |= dict(line.split() for line in told.splitlines())
+    return found
+
+
 def measure(bench: Bench) -> dict[str, Any]:
     options = bench.options
     bench.prepare(options.forms)
     skipped = missing(bench)
     names = [name for name in options.contestants if name not in skipped]
     results: dict[str, Any] = {
+        "of": versions(options.peers),
         "records": {form: bench.count(form) for form in options.forms},
         "labelled_one_in": LABEL_EVERY,
         "target_share": TARGET_SHARE,

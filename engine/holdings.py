@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -51,7 +51,7 @@ class Holdings:
 
     def __init__(self, start: Positions, taken: Positions, *, exact: bool = False) -> None:
         self._exact = exact
-        self.start = start
+        self.start = dict(start)
         self._taken = dict(taken)
         self._parked: Positions = {}
         self._known: Positions = {}
@@ -115,9 +115,13 @@ class Holdings:
                 return False
         return partition in self.start and (not found.theirs or (taken is not None and found.committed == taken))
 
-    def settle(self) -> None:
-        """Forget the partitions that went and were not given back."""
-        for partition in self._parked:
+    def settle(self, ours: Collection[Partition]) -> None:
+        """Forget every partition that is not ours now: what waits of it is dropped, so nothing of it can go on.
+
+        That is also so for one that an earlier life has worked on and this one was not given.
+        """
+        for partition in {*self._parked, *self.start.keys() - set(ours)}:
+            self.start.pop(partition, None)
             self._taken.pop(partition, None)
         self._parked.clear()
 

@@ -18,6 +18,7 @@ from typing import Any
 from streams.base import Partition, Positions, StreamError, StreamUnavailableError
 from streams.group_commits import Noted
 from streams.kafka_note import Note
+from streams.seams import failpoint
 from streams.shared_producer import SharedProducer
 
 
@@ -79,6 +80,7 @@ class GroupTransactions(ABC):
             self._producer.begin_transaction()  # asks nobody
         except self._failures as error:
             raise self._client.failure(error, "beginning a transaction") from error
+        failpoint("transaction.begun")
 
     def commit(
         self, positions: Mapping[Partition, int], floors: Mapping[Partition, int] | None, timeout: float
@@ -94,8 +96,10 @@ class GroupTransactions(ABC):
         producer = self._producer
         if noted:
             self._within(timeout, producer.send_offsets_to_transaction, *self._offsets(noted))
+        failpoint("transaction.offsets")
         self._attempted = tuple(positions)
         self._within(timeout, producer.commit_transaction)
+        failpoint("transaction.committed")
         self._attempted = ()
 
     def recover(self) -> Positions:

@@ -1,12 +1,17 @@
-"""Daemons that join and leave a group on a real Kafka: what waits for labels goes where its partition goes."""
+"""Daemons that join and leave a group on a real Kafka: what waits for labels goes where its partition goes.
+
+ADAPTD_CHURN_SECONDS says for how long two of them come and go, ADAPTD_CHURN_REPORT names a folder for what was counted.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +35,10 @@ from tests.broker.daemons import (
 )
 from tests.broker.helpers import LIMIT, AnySink, SinkFactory, TopicFactory
 
-CHURN_SECONDS = float(os.environ.get("ADAPTD_CHURN_SECONDS", "15"))
+CHURN_SECONDS = {
+    mode: float(os.environ.get("ADAPTD_CHURN_SECONDS", default))
+    for mode, default in (("at_least_once", "120"), ("exactly_once", "40"))
+}
 LABEL_COUNTS = ("joined", "late", "orphan", "overflow")
 
 
@@ -80,16 +88,42 @@ def test_labels_of_events_that_another_answered_are_joined_where_the_partition_i
     assert (len(found), again) == (count, 0)
 
 
+def test_labels_find_their_events_where_a_partition_comes_back_that_a_later_life_was_not_given_at_first(
+    topic: TopicFactory, sink: SinkFactory, daemons: Any, settings: KafkaSettings, admin: KafkaAdminClient
+) -> None:
+    """The other has made what waited anew, and committed nothing: the notes beside the offsets are ours still."""
+    topics, count = Topics.make(topic, partitions=2), 400
+    events, feedback = sink(topics.data), sink(topics.feedback)
+    first, other = daemons(topics, "first"), daemons(topics, "second")
+    life = first.start()
+    send(events, small_events(0, count))
+    send(feedback, small_feedback(0, 100))
+    life.until(lambda status: (status["events"], status["labels"]) == (count, 100))
+    reached = ends(settings, topics.data, topics.feedback)
+    life.until(lambda _: committed(admin, topics.group) == reached)
+    assert life.terminate() == 0, life.words
+    meanwhile = other.start()
+    meanwhile.until(lambda status: status["joins"]["pending"] == 300 and not status["rebuilding"]["partitions"])
+    life = first.start()
+    life.until(lambda status: len(status["partitions"]) == 2 and not status["rebuilding"]["partitions"])
+    assert meanwhile.terminate() == 0, meanwhile.words
+    life.until(lambda status: len(status["partitions"]) == 4 and not status["rebuilding"]["partitions"])
+    send(feedback, small_feedback(100, 300))
+    reached = ends(settings, topics.data, topics.feedback)
+    status = life.until(lambda _: committed(admin, topics.group) == reached)
+    assert (status["joins"]["joined"], status["joins"]["pending"]) == (count, 0)
+
+
 class Member:
     """A daemon that comes and goes, and what its lives counted."""
 
-    def __init__(self, daemon: Daemon) -> None:
-        self.daemon = daemon
+    def __init__(self, daemon: Daemon, delivery: str) -> None:
+        self.daemon, self.delivery = daemon, delivery
         self.life: Process | None = None
         self.last: dict[str, Any] = {}
 
     def join(self) -> None:
-        self.life = self.daemon.start("checkpoint.every=5s")
+        self.life = self.daemon.start("checkpoint.every=5s", f"delivery={self.delivery}")
 
     def look(self) -> dict[str, Any]:
         if self.life is not None:
@@ -143,15 +177,21 @@ class Churn:
         self._next = time.monotonic() + 2.0
 
 
-@pytest.mark.timeout(CHURN_SECONDS + 400)
+@pytest.mark.timeout(max(CHURN_SECONDS.values()) + 400)
+@pytest.mark.parametrize("delivery", CHURN_SECONDS)
 def test_while_two_daemons_come_and_go_everything_is_answered_and_every_label_is_learned_once(
-    topic: TopicFactory, sink: SinkFactory, daemons: Any, settings: KafkaSettings, admin: KafkaAdminClient
+    topic: TopicFactory,
+    sink: SinkFactory,
+    daemons: Any,
+    settings: KafkaSettings,
+    admin: KafkaAdminClient,
+    delivery: str,
 ) -> None:
-    topics = Topics.make(topic, partitions=4)
-    members = [Member(daemons(topics, name)) for name in ("first", "second")]
+    topics, seconds = Topics.make(topic, partitions=4), CHURN_SECONDS[delivery]
+    members = [Member(daemons(topics, name), delivery) for name in ("first", "second")]
     members[0].join()
     churn = Churn(sink(topics.data), sink(topics.feedback), members)
-    until = time.monotonic() + CHURN_SECONDS
+    until = time.monotonic() + seconds
     while time.monotonic() < until:
         churn.send()
         churn.move()
@@ -166,13 +206,27 @@ def test_while_two_daemons_come_and_go_everything_is_answered_and_every_label_is
         member.leave()
     found, again = answers(settings, topics)
     total = {name: sum(member.count(name) for member in members) for name in (*LABEL_COUNTS, "duplicate", "moved")}
-    told = f"{churn.moves} moves, {churn.sent} events, {again} answered again, {total}"
-    logging.getLogger(__name__).info(told)
+    told = {"seconds": seconds, "moves": churn.moves, "events": churn.sent, "answered_again": again, "labels": total}
+    told |= {"dead_letters": len(everything(settings, topics.dead_letters))}
+    report(settings.client, delivery, told)
     assert found.keys() == {f"e{n}" for n in range(churn.sent)}
     assert again == 0, told
     assert sum(total[name] for name in LABEL_COUNTS) == churn.sent, told
     assert total["duplicate"] == 0, told
-    assert not everything(settings, topics.dead_letters)
+    assert not told["dead_letters"]
+
+
+def report(client: str, delivery: str, told: dict[str, Any]) -> None:
+    """Log what was counted, and write it where it was asked for."""
+    logging.getLogger(__name__).info(json.dumps(told))
+    if folder := os.environ.get("ADAPTD_CHURN_REPORT"):
+        found = {
+            "client": client,
+            "delivery": delivery,
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            **told,
+        }
+        (Path(folder) / f"churn-{client}-{delivery}.json").write_text(json.dumps(found, indent=2) + "\n")
 
 
 def test_a_step_longer_than_the_poll_interval_costs_no_partition_and_no_answer(

@@ -1,16 +1,20 @@
 """The broker is killed and started again, over and over, while a daemon works. ADAPTD_OUTAGES says how often.
 
-ADAPTD_OUTAGES_REPORT names a file for what was measured, as in `benchmarks/results/broker_kills.json`.
+ADAPTD_OUTAGES_REPORT names a folder for what was measured, a file for each client.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from kafka import KafkaAdminClient
 
@@ -31,8 +35,12 @@ from tests.broker.daemons import (
 from tests.broker.helpers import LIMIT, SinkFactory, TopicFactory
 from tests.broker.node import Node
 
-OUTAGES = int(os.environ.get("ADAPTD_OUTAGES", "2"))
-PER_ROUND = 600
+OUTAGES = int(os.environ.get("ADAPTD_OUTAGES", "10"))
+PER_ROUND = 2000
+WARM = 3
+"""Outages after which memory is looked at: queues and buffers have had what they may hold by then."""
+GROWTH = 2.0
+"""Megabytes for each outage that are still noise; a leak of what one round sends would be more."""
 
 
 @pytest.fixture
@@ -46,15 +54,15 @@ def reached(life: Process, key: str, count: int) -> None:
     life.until(lambda status: bool(status[key] >= count), LIMIT)
 
 
-def ordered(settings: KafkaSettings, topics: Topics) -> bool:
-    """Whether answers to the records of one partition follow one another in each partition of the answers."""
+def disordered(settings: KafkaSettings, topics: Topics) -> int:
+    """Answers that come behind one to a later record of the same partition, within a partition of the answers."""
     last: dict[tuple[int, str], int] = {}
+    wrong = 0
     for record in everything(settings, topics.predictions):
         origin, _, offset = dict(record.headers)["adaptd-id"].decode().rpartition("-")
-        if int(offset) <= last.get((record.partition, origin), -1):
-            return False
+        wrong += int(offset) <= last.get((record.partition, origin), -1)
         last[record.partition, origin] = int(offset)
-    return bool(last)
+    return wrong
 
 
 @pytest.mark.timeout(400 + 60 * OUTAGES)
@@ -88,26 +96,34 @@ def test_killed_under_load_again_and_again_the_broker_costs_no_answer_no_order_a
     assert status["events"] == status["labels"] == status["joins"]["joined"] == total
     assert life.terminate() == 0, life.words
     found, again = answers(settings, topics)
-    assert found.keys() == {f"e{n}" for n in range(total)}
-    assert again == 0
-    assert ordered(settings, topics)
-    assert committed(admin, topics.group) == ends(settings, topics.data, topics.feedback)
-    assert memory[-1] - memory[0] < 3e6 * OUTAGES + 20e6
-    report(memory, waited, total, again, time.monotonic() - started)
-
-
-def report(memory: list[int], waited: list[float], total: int, again: int, seconds: float) -> None:
     figures = {
-        "command": f"ADAPTD_OUTAGES={OUTAGES} python -m pytest -m broker tests/broker/test_outages.py",
-        "outages": OUTAGES,
         "events": total,
-        "lost": 0,
+        "lost": len({f"e{n}" for n in range(total)} - found.keys()),
         "answered_twice": again,
-        "out_of_order": 0,
+        "out_of_order": disordered(settings, topics),
         "resident_mb_after_each": [round(size / 1e6, 1) for size in memory],
+        "mb_for_each_outage": growth(memory),
         "seconds_from_broker_back_to_caught_up": [round(value, 2) for value in waited],
-        "seconds": round(seconds, 1),
+        "seconds": round(time.monotonic() - started, 1),
     }
-    print(json.dumps(figures))
-    if path := os.environ.get("ADAPTD_OUTAGES_REPORT"):
-        Path(path).write_text(json.dumps(figures, indent=2) + "\n")
+    report(settings.client, figures)
+    assert len(found) == total
+    assert (figures["lost"], figures["answered_twice"], figures["out_of_order"]) == (0, 0, 0)
+    assert committed(admin, topics.group) == ends(settings, topics.data, topics.feedback)
+    assert OUTAGES < 2 * WARM or growth(memory) < GROWTH, figures
+
+
+def growth(memory: list[int]) -> float:
+    """The slope of a straight line through what is resident after each outage, in megabytes; warm ones alone."""
+    warm = memory[WARM:]
+    return round(float(np.polyfit(range(len(warm)), warm, 1)[0]) / 1e6, 2) if len(warm) > 1 else 0.0
+
+
+def report(client: str, figures: dict[str, Any]) -> None:
+    """Log what was measured, and write it where it was asked for."""
+    command = f"ADAPTD_OUTAGES={OUTAGES} python -m pytest -m broker tests/broker/test_outages.py"
+    date = datetime.now(UTC).isoformat(timespec="seconds")
+    told = {"command": command, "client": client, "date": date, "outages": OUTAGES, **figures}
+    logging.getLogger(__name__).info(json.dumps(told))
+    if folder := os.environ.get("ADAPTD_OUTAGES_REPORT"):
+        (Path(folder) / f"broker_kills-{client}.json").write_text(json.dumps(told, indent=2) + "\n")

@@ -1,14 +1,17 @@
 """Fixtures of the crash tier: the zygote, workloads and what uninterrupted runs make of them, and the one result."""
 
 import json
+import math
 import os
 import time
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
+from streams.seams import FAILPOINTS
 from tests.broker.conftest import admin, bootstrap, client, node, settings, topic
 from tests.crash import workload
 from tests.crash.results import KILLS, summary
@@ -20,6 +23,8 @@ from tests.crash.zygote import Zygote
 __all__ = ["admin", "bootstrap", "client", "node", "settings", "topic"]
 
 EVENTS = 600
+ENOUGH = 2.5 * len(FAILPOINTS)
+"""Kills within which each failpoint comes up once: with random ones, and a second one behind every third."""
 Tell = Callable[[str, object], None]
 """The fixture ``record_property``."""
 
@@ -39,6 +44,14 @@ class Budget:
     kills: float = float(os.environ.get("ADAPTD_CRASH_KILLS", "1000"))
     seconds: float = float(os.environ.get("ADAPTD_CRASH_SECONDS", "inf"))
     seed: int = field(default_factory=lambda: int(os.environ.get("ADAPTD_CRASH_SEED", time.time_ns() % 2**32)))
+
+    def seed_of(self, sweep: str) -> int:
+        """A seed for each sweep: with one for all, each would kill at the same points first."""
+        return self.seed ^ zlib.crc32(sweep.encode())
+
+    def covers(self, kills: float) -> bool:
+        """Whether a sweep of so many kills has to come to every failpoint."""
+        return math.isinf(self.seconds) and kills >= ENOUGH
 
 
 @pytest.fixture(scope="session")

@@ -47,13 +47,15 @@ class KafkaTrial:
         self.zygote, self.directory, self.topics, self.delivery = zygote, directory, topics, delivery
         self.settings, self.admin = settings, admin
         self.truth = truth_of(work)
-        self.lives = 0
+        self.lives = self.reloads = 0
+        self.reloading = False
         workload.write_kafka(directory)
         _send(settings, topics, work)
         self.ends = {p: end for p, end in ends(settings, topics.data, topics.feedback).items() if end}
 
     def start(self, armed: str) -> Life:
         self.lives += 1
+        self.reloading = armed.startswith("reload.")
         flags = [
             *self.topics.flags(self.settings.bootstrap_servers[0], self.settings.client),
             extra_of(self.settings.client, MISSED_SOON),
@@ -74,12 +76,22 @@ class KafkaTrial:
             if not asked and listening and self._done():
                 life.signal(signal.SIGTERM)
                 asked = True
+            elif self.reloading and not asked and listening:
+                self._reload(life)
             listening = "listening" in life.words  # at the next look, signals are heard as well
             if time.monotonic() >= deadline:
                 assert kill_after is not None, self._stuck(life)
                 life.signal(signal.SIGKILL)
         assert code in (0, -signal.SIGKILL), f"{code}: {life.words[-3000:]}"
         return code != 0
+
+    def _reload(self, life: Life) -> None:
+        """Change a delay that changes no answer, and say so."""
+        self.reloads += 1
+        policy, fresh = self.directory / "policy.yaml", self.directory / "policy.new"
+        fresh.write_text(workload.KAFKA.replace("max_delay: 5ms", f"max_delay: {5 + self.reloads % 2}ms"))
+        fresh.replace(policy)
+        life.signal(signal.SIGHUP)
 
     def _done(self) -> bool:
         """Whether everything is committed and applied: after a kill, what is committed is applied again in silence."""

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from collections import Counter
 from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 KILLS = "kill_sweep"
@@ -29,6 +32,8 @@ def summary(sweeps: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     exact = sum(sweep["duplicates"] for sweep in sweeps.values() if sweep["delivery"] == "exactly_once")
     return {
         "command": command(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": commit(),
         "python": sys.version.split()[0],
         **totals,
         "duplicates_in_exactly_once": exact,
@@ -43,3 +48,13 @@ def command() -> str:
         key: value for key, value in sorted(os.environ.items()) if key in ("ADAPTD_CRASH_KILLS", "ADAPTD_CRASH_SECONDS")
     }
     return " ".join([*(f"{key}={value}" for key, value in given.items()), "make crash"])
+
+
+def commit() -> str | None:
+    """Of the code that was killed; None where that is not known."""
+    asked = ["git", "describe", "--always", "--dirty"]
+    try:
+        told = subprocess.run(asked, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return told.stdout.strip()

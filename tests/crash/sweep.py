@@ -1,8 +1,8 @@
 """The kill sweep: lives of a daemon on one state directory, each killed where or when it was asked for.
 
 A trial is a fresh directory and lives on it, killed one after another until one ends by itself; then the verifier
-looks. The plan goes through every failpoint at its first, second and seventh pass, random instants between them, and
-after every third kill a second one while the next life restores.
+looks. The plan goes through every failpoint at its first pass, then at its second and seventh, random instants between
+them, and after every third kill a second one while the next life restores.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ TRIES = 3
 """Lives in which a failpoint may not be reached before it is given up: some are passed once in a life at most."""
 
 LIMIT = 40.0
+LATER = 10
+"""Kills until a failpoint that a life did not come to is tried again."""
 WHILE_RESTORING = ("restore.loaded:1", "restore.applied:1", "replay:1", "replay:2", "replay:7", "disk.rename:1")
 
 
@@ -37,7 +39,7 @@ PHASES = {
     "journal": ("cut", "journal."),
     "answering": ("answered", "answers.put", "followed", "feedback.joined"),
     "learning": ("learn.", "job."),
-    "sending": ("writer.", "files."),
+    "sending": ("writer.", "files.", "transaction."),
     "checkpoint": ("snapshot", "checkpoint.saved", "disk."),
     "restoring": ("restore.", "replay"),
     "reload": ("reload.",),
@@ -74,6 +76,11 @@ class Report:
     unreached: list[str] = field(default_factory=list)
     seconds: float = 0.0
     findings: Findings = field(default_factory=Findings)
+
+    @property
+    def never(self) -> set[str]:
+        """Failpoints at which nothing was killed, at any pass."""
+        return set(FAILPOINTS) - {name.partition(":")[0] for name in self.kills}
 
     def as_json(self) -> dict[str, Any]:
         found = self.findings
@@ -161,7 +168,7 @@ STREAMS = {"data": "events", "feedback": "feedback"}
 
 
 class Plan:
-    """What to kill at next: failpoints in a random order over and over, and random instants between them."""
+    """What to kill at next: failpoints in a random order, by pass, over and over, and random instants between them."""
 
     def __init__(self, rng: random.Random, report: Report) -> None:
         self._rng = rng
@@ -173,11 +180,11 @@ class Plan:
     def next(self) -> str:
         """A failpoint with its pass, or ``random``."""
         if not self._queue:
-            points = [
-                f"{name}:{n}" for name in FAILPOINTS for n in PASSES if f"{name}:{n}" not in self._report.unreached
-            ]
-            self._queue = points + ["random"] * (len(points) // 2)
-            self._rng.shuffle(self._queue)
+            for n in reversed(PASSES):
+                points = [f"{name}:{n}" for name in FAILPOINTS if f"{name}:{n}" not in self._report.unreached]
+                points += ["random"] * (len(points) // 2)
+                self._rng.shuffle(points)
+                self._queue += points
         return self._queue.pop()
 
     def reached(self, point: str) -> None:
@@ -190,7 +197,7 @@ class Plan:
         if point in self._reached or point == "random":
             return
         if self._tries[point] < TRIES:
-            self._queue.insert(0, point)
+            self._queue.insert(max(0, len(self._queue) - LATER), point)
         else:
             self._report.unreached.append(point)
 

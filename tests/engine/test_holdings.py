@@ -44,10 +44,19 @@ def test_a_partition_that_is_given_back_untouched_goes_on_where_it_was() -> None
     holdings.leave(P, Standing({P: 70}))
     assert holdings.begin(P, Found(0, 80)) == Begin(80, 80, anew=True), "somebody went on without saying who"
     holdings.leave(P, Standing({P: 80}))
-    holdings.settle()
+    holdings.settle([])
     assert holdings.begin(P, Found(0, 80, False, 60)) == Begin(60, 80, anew=True), "it was somewhere else in between"
     holdings.leave(P, None)
     assert holdings.begin(P, Found(0, 80, False, 60)).anew, "nothing is known of a partition that was given up"
+
+
+def test_what_an_earlier_life_had_and_this_one_was_not_given_is_begun_anew() -> None:
+    other = ("data", 4)
+    holdings = Holdings({P: 70, other: 30}, {P: 60, other: 30})
+    assert holdings.begin(P, Found(0, 70)) == Begin(70, 70, anew=False)
+    holdings.settle([P])
+    assert holdings.start == {P: 70}
+    assert holdings.begin(other, Found(0, 30, False, 10)) == Begin(10, 30, anew=True), "what waited of it is dropped"
 
 
 def test_a_partition_that_goes_in_the_middle_of_a_rebuild_commits_nothing() -> None:
