@@ -39,7 +39,7 @@ OUTAGES = int(os.environ.get("ADAPTD_OUTAGES", "10"))
 PER_ROUND = 2000
 WARM = 3
 """Outages after which memory is looked at: queues and buffers have had what they may hold by then."""
-GROWTH = 2.0
+GROWTH = 3.0
 """Megabytes for each outage that are still noise; a leak of what one round sends would be more."""
 
 

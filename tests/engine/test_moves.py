@@ -134,7 +134,7 @@ class Member:
         """What the group gives out, as `engine.reader` and `engine.handover` take it."""
         own = [p for p in PARTITIONS if p[1] in numbers]
         begins = {p: self.holdings.begin(p, self.cluster.found(p, self.name)) for p in own}
-        self.holdings.settle()
+        self.holdings.settle(own)
         left = [Run(*p, 0, 0, 0) for p in self.runner.positions if p not in own]
         self.cutter.move(Kind.LEFT, left)
         self.cutter.move(Kind.TAKEN, [Run(*p, b.start, b.seen, 0) for p, b in begins.items() if b.anew])
