@@ -157,6 +157,13 @@ class Member:
             self.holdings.leave(partition, standing)
         self.reading = {}
 
+    def restart(self) -> None:
+        """A new life that begins with all that the one before had, given up cleanly."""
+        self.take()
+        self.holdings = Holdings(self.runner.positions, self.runner.taken)
+        self.cutter = ArrivalCutter(KINDS, 3, [], max_delay=0.0)
+        self.seen = {}
+
     def read(self, partition: Partition, count: int) -> None:
         if partition not in self.reading:
             return
@@ -198,6 +205,7 @@ def steps_of(seed: int, count: int) -> list[Step]:
         (6, lambda: ("work", rng.randrange(2), rng.randint(1, 4))),
         (2, lambda: ("commit", rng.randrange(2), 0)),
         (1, lambda: ("give", rng.randrange(4), 0)),
+        (1, lambda: ("restart", rng.randrange(4), rng.randrange(2))),
     ]
     weights = [weight for weight, _ in makers]
     return [make() for _, make in rng.choices(makers, weights, k=count)]
@@ -217,7 +225,10 @@ def play(cluster: Cluster, members: list[Member], step: Step) -> None:
         members[which].work(value)
     elif what == "commit":
         members[which].commit()
-    else:  # bit n of ``which`` says who gets partition n; everybody gives up everything first
+    else:
+        if what == "restart":
+            members[value].restart()
+        # bit n of ``which`` says who gets partition n; everybody gives up everything first
         for member in members:
             member.take()
         for index, member in enumerate(members):
