@@ -172,7 +172,7 @@ def unpack_entries(payload: bytes) -> Iterator[tuple[str, Fields]]:
             group = payload[middle : middle + group_size].decode("utf-8", "surrogatepass")
             middle += group_size
         at = middle + input_size
-        if at > size or group_size < -1 or not math.isfinite(time):
+        if at > size or group_size < -1 or math.isnan(time):
             raise JoinError("the saved joins are damaged: an event is longer than its frame, or has no time or group")
         yield name, (payload[middle:at], time, group, predicted, step, partition)
 
@@ -204,7 +204,7 @@ def unpack_early(payload: bytes) -> Iterator[tuple[str, Early]]:
     while at < len(payload):
         label, reward, time, partition, bits, size = _EARLY.unpack_from(payload, at)
         at += _EARLY.size + size
-        if at > len(payload) or bits > _ALL_BITS or not (math.isfinite(time) and math.isfinite(reward)):
+        if at > len(payload) or bits > _ALL_BITS or math.isnan(time) or not math.isfinite(reward):
             raise JoinError("the saved joins are damaged: feedback is longer than its frame, or not what is written")
         name = payload[at - size : at].decode("utf-8", "surrogatepass")
         yield name, (label if bits & 1 else None, reward if bits & 2 else None, time, partition, bool(bits & 4))
