@@ -365,14 +365,14 @@ class JoinStore(Moves):
             raise JoinError(f"the saved joins have a part {kind!r} that this version does not know")
 
     def _load_waiting(self, events: WaitingRows, *, on_disk: bool) -> None:
-        if self._on_disk(events.ids) or (on_disk and any(name in self._waiting for name in events.ids)):
-            raise JoinError("the saved joins are damaged: an event waits twice")
         if on_disk and self._spill is not None:
-            self._spill.put(events)
-        elif self._waiting.extend(events):
-            raise JoinError("the saved joins are damaged: an event waits twice")
+            twice = bool(self._waiting) and any(name in self._waiting for name in events.ids)
+            self._spill.put(events)  # refuses an id that it has
         else:
+            twice = bool(self._on_disk(events.ids) or self._waiting.extend(events))
             self._keep_bounds()
+        if twice:
+            raise JoinError("the saved joins are damaged: an event waits twice")
 
     def _load_early(self, payload: _Bytes) -> None:
         for name, feedback in unpack_early(payload):
