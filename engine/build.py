@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -15,9 +13,10 @@ from torch import nn
 from engine.audit import Audit
 from engine.core import Core
 from engine.coretypes import CoreSettings
-from engine.errors import PolicyFileError, StorageError
+from engine.errors import PolicyFileError
 from engine.host import Inputs, ModelHost, choose_device, trainable
 from engine.learner import Learner
+from engine.member import member_of
 from engine.methods import Choice, Methods
 from engine.policy import Endpoint, Learning, Policy
 from policies.interfaces import PolicyError
@@ -152,26 +151,7 @@ def _kafka_source(topics: tuple[str, ...], settings: KafkaSettings, state: Path)
     """All topics through one consumer: in its group if one is named, else every partition of them."""
     if settings.group is None:
         return source_of(topics, settings)
-    return source_of(topics, settings, group=settings.group, assignment="group", member=_member_of(state))
-
-
-def _member_of(state: Path) -> str:
-    """The name under which the owner of a state directory joins a consumer group, the same in every life.
-
-    Raises:
-        StorageError: It cannot be kept there.
-    """
-    file = state / "member"
-    try:
-        name = file.read_text(errors="replace") if file.exists() else ""
-        if not re.fullmatch("[0-9a-f]{32}", name):
-            name = uuid.uuid4().hex
-            fresh = file.with_name(".tmp-member")
-            fresh.write_text(name)
-            fresh.replace(file)
-    except OSError as error:
-        raise StorageError(f"{file} cannot be used: {error.strerror}; check the state directory") from error
-    return name
+    return source_of(topics, settings, group=settings.group, assignment="group", member=member_of(state))
 
 
 def stream_name(kind: Kind, endpoint: Endpoint) -> str:
@@ -201,7 +181,7 @@ def _transactions(
     assert settings is not None
     assert settings.group is not None
     source = cast("AnySource", next(source for source, _ in sources if source.shared))  # the only one in a group
-    member = _member_of(state)
+    member = member_of(state)
     client = client_of(settings, transactional_id=f"{settings.group}-{member}")
     return transactions_of(client, source, group=settings.group, owner=member), client
 

@@ -24,12 +24,14 @@ from torch import Tensor
 from engine.checkpoint.disk import LocalDisk
 from engine.checkpoint.errors import BadCheckpointError
 from engine.checkpoint.folder import Loaded, Saved, load_folder, name_of
+from engine.checkpoint.positions import positions_of, taken_of
 from engine.checkpoint.state import snapshot as copy_states
 from engine.checkpoint.store import CheckpointStore
 from engine.core import Core
 from engine.errors import StorageError
 from policies.interfaces import State, load_weights
 from streams.base import Positions, StreamError
+from streams.join import JoinError
 from streams.journal import Entry, Journal, JournalUnavailableError
 from streams.pace import Hurry
 from streams.seams import CLOCK, Clock, failpoint
@@ -125,11 +127,13 @@ class Keeper:
         for path in self.journal.set_aside(loaded.step):
             log.error("journal_set_aside", path=str(path), reason="damaged, and not needed by the checkpoint loaded")
         core.make_job()  # a checkpoint may lie between the end of a job and the start of the next
-        return _positions(loaded.meta["positions"]), entries
+        return positions_of(loaded.meta), entries
 
     @staticmethod
     def _fits(loaded: Loaded, core: Core) -> None:
-        """Refuse weights that do not fit the model or are not finite."""
+        """Refuse positions that are none, and weights that do not fit the model or are not finite."""
+        positions_of(loaded.meta)
+        taken_of(loaded.meta)
         form = _form(core)
         for key, value in loaded.meta.get("form", form).items():
             if value != form[key]:
@@ -167,7 +171,10 @@ class Keeper:
             core.freeze.thaw()
         _set_random(policy["random"])
         with loaded.open("join.bin") as file:
-            core.joins.restore(file)
+            try:
+                core.joins.restore(file)
+            except JoinError as error:
+                raise StorageError(f"{loaded.path / 'join.bin'} cannot be taken over: {error}") from error
 
     def hand_on(self, core: Core, digest: str) -> None:
         """Give a new core what the checkpoint just made holds, and go on under its policy. No batch came since.
@@ -314,10 +321,6 @@ def _form(core: Core) -> dict[str, Any]:
         "model.inputs.dtype": inputs.dtype.name,
         "model.inputs.layout": "hwc" if inputs.channels_last else "chw",
     }
-
-
-def _positions(rows: list[list[Any]]) -> Positions:
-    return {(stream, partition): offset for stream, partition, offset in rows}
 
 
 def _to(value: Any, device: torch.device) -> Any:

@@ -6,12 +6,11 @@ calls give the same results in the same order, always, also after the state was 
 
 from __future__ import annotations
 
-import json
 import struct
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from streams.join_format import (
     Early,
@@ -28,6 +27,7 @@ from streams.join_format import (
 from streams.join_moves import Moves
 from streams.join_pack import Packed, WaitingRows
 from streams.join_rows import Rows
+from streams.join_scalars import Scalars, read_scalars
 from streams.join_settled import How, Settled
 from streams.join_size import text_bytes
 from streams.join_snapshot import JoinSnapshot
@@ -348,35 +348,43 @@ class JoinStore(Moves):
         self._keep_bounds()
 
     def _load(self, kind: _Bytes, payload: _Bytes) -> None:
-        if kind == b"D" and self._spill is not None:
-            self._spill.put(_waiting(payload))
-        elif kind in (b"D", b"W"):
-            self._load_waiting(_waiting(payload))
+        if kind in (b"D", b"W"):
+            self._load_waiting(_waiting(payload), on_disk=kind == b"D")
         elif kind == b"B":
-            self._load_waiting(Packed.read(payload).rows)
+            self._load_waiting(Packed.read(payload).rows, on_disk=False)
         elif kind == b"F":
-            for name, feedback in unpack_early(payload):
-                self._early[name] = feedback
-                self._early_bytes += _EARLY_BYTES + text_bytes(name)
+            self._load_early(payload)
         elif kind == b"R":
             for name, how in unpack_settled(payload):
+                if name in self._settled.how:
+                    raise JoinError("the saved joins are damaged: an id is settled twice")
                 self._settled.add(name, How(how))
         elif kind == b"S":
-            self._load_scalars(json.loads(payload))
+            self._load_scalars(read_scalars(payload, KINDS))
         else:
             raise JoinError(f"the saved joins have a part {kind!r} that this version does not know")
 
-    def _load_waiting(self, events: WaitingRows) -> None:
-        if self._waiting.extend(events):
+    def _load_waiting(self, events: WaitingRows, *, on_disk: bool) -> None:
+        if on_disk and self._spill is not None:
+            twice = bool(self._waiting) and any(name in self._waiting for name in events.ids)
+            self._spill.put(events)  # refuses an id that it has
+        else:
+            twice = bool(self._on_disk(events.ids) or self._waiting.extend(events))
+            self._keep_bounds()
+        if twice:
             raise JoinError("the saved joins are damaged: an event waits twice")
-        self._keep_bounds()
 
-    def _load_scalars(self, scalars: dict[str, Any]) -> None:
-        self.counts = {name: int(scalars["counts"].get(name, 0)) for name in KINDS}
-        self._watermark = float.fromhex(scalars["watermark"])
-        self._swept = float.fromhex(scalars["swept"])
+    def _load_early(self, payload: _Bytes) -> None:
+        for name, feedback in unpack_early(payload):
+            if name in self._early:
+                raise JoinError("the saved joins are damaged: feedback waits twice")
+            self._early[name] = feedback
+            self._early_bytes += _EARLY_BYTES + text_bytes(name)
+
+    def _load_scalars(self, scalars: Scalars) -> None:
+        self.counts, self._watermark, self._swept, marks = scalars
         self._limit = self._watermark - self._window
-        self._settled.set_marks([(float.fromhex(watermark), int(count)) for watermark, count in scalars["marks"]])
+        self._settled.set_marks(marks)
 
     def close(self) -> None:
         """Let go of the file on disk. Safe to call twice."""

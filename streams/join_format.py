@@ -24,6 +24,7 @@ given above. What older versions wrote is read too: ``adaptd-join-2`` has entrie
 
 from __future__ import annotations
 
+import math
 import struct
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -121,6 +122,7 @@ _ENTRY = struct.Struct("<dqqiIIi")
 _ENTRY_1 = struct.Struct("<dqqiII")
 _EARLY = struct.Struct("<qddiBI")
 _EARLY_1 = struct.Struct("<qddBI")
+_ALL_BITS = 7
 _SETTLED = struct.Struct("<BI")
 _END = struct.Struct("<Q")
 
@@ -170,8 +172,8 @@ def unpack_entries(payload: bytes) -> Iterator[tuple[str, Fields]]:
             group = payload[middle : middle + group_size].decode("utf-8", "surrogatepass")
             middle += group_size
         at = middle + input_size
-        if at > size:
-            raise JoinError("the saved joins are damaged: an event is longer than the frame it is in")
+        if at > size or group_size < -1 or math.isnan(time):
+            raise JoinError("the saved joins are damaged: an event is longer than its frame, or has no time or group")
         yield name, (payload[middle:at], time, group, predicted, step, partition)
 
 
@@ -193,11 +195,17 @@ def pack_early(id: str, feedback: Early) -> bytes:  # noqa: A002
 
 
 def unpack_early(payload: bytes) -> Iterator[tuple[str, Early]]:
-    """Yield id and feedback of every early feedback in a payload."""
+    """Yield id and feedback of every early feedback in a payload.
+
+    Raises:
+        JoinError: The payload does not end where the last one ends.
+    """
     at = 0
     while at < len(payload):
         label, reward, time, partition, bits, size = _EARLY.unpack_from(payload, at)
         at += _EARLY.size + size
+        if at > len(payload) or bits > _ALL_BITS or math.isnan(time) or not math.isfinite(reward):
+            raise JoinError("the saved joins are damaged: feedback is longer than its frame, or not what is written")
         name = payload[at - size : at].decode("utf-8", "surrogatepass")
         yield name, (label if bits & 1 else None, reward if bits & 2 else None, time, partition, bool(bits & 4))
 
@@ -209,11 +217,17 @@ def pack_settled(id: str, how: int) -> bytes:  # noqa: A002
 
 
 def unpack_settled(payload: bytes) -> Iterator[tuple[str, int]]:
-    """Yield id and how it ended of every settled id in a payload."""
+    """Yield id and how it ended of every settled id in a payload.
+
+    Raises:
+        JoinError: The payload does not end where the last one ends.
+    """
     at = 0
     while at < len(payload):
         how, size = _SETTLED.unpack_from(payload, at)
         at += _SETTLED.size + size
+        if at > len(payload):
+            raise JoinError("the saved joins are damaged: an id is longer than the frame it is in")
         yield payload[at - size : at].decode("utf-8", "surrogatepass"), how
 
 
@@ -251,7 +265,8 @@ def read_frames(file: BinaryIO) -> Iterator[tuple[bytes, bytes]]:
     """Yield ``(kind, payload)`` of every frame before the end frame.
 
     Raises:
-        JoinError: The file is cut short, damaged, of another format, or goes on after its end.
+        JoinError: The file is cut short, damaged, of another format, does not begin with its scalars, or goes on after
+            its end.
     """
     magic = file.read(len(MAGIC))
     if magic not in (MAGIC, _MAGIC_2, _MAGIC_1):
@@ -259,6 +274,8 @@ def read_frames(file: BinaryIO) -> Iterator[tuple[bytes, bytes]]:
     count, at = 0, len(MAGIC)
     while True:
         kind, payload = _read_frame(file, at)
+        if (kind == b"S") is not (count == 0):
+            raise JoinError("the saved joins are damaged: their scalars do not come first, and once")
         if kind == b"E":
             break
         yield kind, upgrade(kind, payload) if magic == _MAGIC_1 else payload
@@ -275,9 +292,19 @@ def _read_frame(file: BinaryIO, at: int) -> tuple[bytes, bytes]:
     kind, size, crc, own = _HEADER.unpack(header)
     if zlib.crc32(header[:-4]) != own:
         raise JoinError(f"the saved joins are damaged at byte {at}; load an older checkpoint")
-    payload = file.read(size)
+    payload = _read(file, size)
     if len(payload) < size:
         raise JoinError(f"the saved joins are cut short at byte {at + _HEADER.size + len(payload)}; load an older one")
     if zlib.crc32(payload) != crc:
         raise JoinError(f"the saved joins are damaged in the frame at byte {at}; load an older checkpoint")
     return kind, payload
+
+
+def _read(file: BinaryIO, size: int) -> bytes:
+    """What a file has of so many bytes. A size that a file claims is not believed: no more is taken than there is."""
+    parts = [file.read(min(size, FRAME_BYTES))]
+    left = size - len(parts[0])
+    while left > 0 and parts[-1]:
+        parts.append(file.read(min(left, FRAME_BYTES)))
+        left -= len(parts[-1])
+    return parts[0] if len(parts) == 1 else b"".join(parts)

@@ -107,6 +107,8 @@ class Packed:
             at = end
         if at != len(payload):
             raise JoinError("the saved joins are damaged: events are not as long as the frame they are in")
+        if (heads["group"] < -1).any() or np.isnan(heads["time"]).any():
+            raise JoinError("the saved joins are damaged: an event has no time or no group")
         return cls(heads, *parts)
 
     @classmethod

@@ -8,10 +8,8 @@ from pathlib import Path
 import anyio
 import pytest
 
-from engine.build import _member_of
 from engine.cutter import ArrivalCutter, Cut, ReplayError
 from engine.daemon import Daemon
-from engine.errors import StorageError
 from engine.launch import _start
 from engine.status import status
 from engine.writer import Outgoing
@@ -345,17 +343,6 @@ def test_reading_goes_on_at_the_first_record_that_the_journal_names() -> None:
     positions: Positions = {ZERO: 20, ONE: 7}
     assert _start(positions, {}, [entry]) == ({ZERO: 30, ONE: 7}, {})
     assert positions == {ZERO: 20, ONE: 7}
-
-
-def test_a_state_directory_keeps_the_name_of_its_member(tmp_path: Path) -> None:
-    name = _member_of(tmp_path)
-    assert _member_of(tmp_path) == name
-    (tmp_path / "member").write_text("")
-    assert _member_of(tmp_path) not in ("", name)
-    (tmp_path / "member").unlink()
-    (tmp_path / "member").mkdir()
-    with pytest.raises(StorageError, match="member cannot be used"):
-        _member_of(tmp_path)
 
 
 F0, F1 = ("feedback", 0), ("feedback", 1)

@@ -211,6 +211,14 @@ def steps_of(seed: int, count: int) -> list[Step]:
     return [make() for _, make in rng.choices(makers, weights, k=count)]
 
 
+def give(members: list[Member], bits: int) -> None:
+    """Bit n says who gets partition n; everybody gives up everything first."""
+    for member in members:
+        member.take()
+    for index, member in enumerate(members):
+        member.give({n for n in NUMBERS if (bits >> n & 1) == index})
+
+
 def play(cluster: Cluster, members: list[Member], step: Step) -> None:
     what, which, value = step
     if what == "event":
@@ -228,11 +236,7 @@ def play(cluster: Cluster, members: list[Member], step: Step) -> None:
     else:
         if what == "restart":
             members[value].restart()
-        # bit n of ``which`` says who gets partition n; everybody gives up everything first
-        for member in members:
-            member.take()
-        for index, member in enumerate(members):
-            member.give({n for n in NUMBERS if (which >> n & 1) == index})
+        give(members, which)
 
 
 def finish(members: list[Member]) -> None:

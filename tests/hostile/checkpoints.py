@@ -25,6 +25,19 @@ def corpus() -> Iterator[tuple[str, Harm]]:
             yield f"{maker.__name__[1:]} {number}", harm
 
 
+def found(folder: Path) -> frozenset[tuple[str, object]]:
+    """What a folder holds, by name: two harms that leave the same are one."""
+    return frozenset((path.name, _content(path)) for path in folder.iterdir())
+
+
+def _content(path: Path) -> object:
+    if path.is_symlink():
+        return str(path.readlink())
+    if not path.is_file():
+        return path.stat().st_mode
+    return path.read_bytes() if path.stat().st_size < 1 << 24 else path.stat().st_size
+
+
 def _write(name: str, content: Callable[[bytes], bytes]) -> Harm:
     def harm(folder: Path) -> None:
         path = folder / name
@@ -154,16 +167,16 @@ def _forged_tensors() -> Iterator[Harm]:
     )
     for head in heads:
         text = json.dumps(head).encode()
-        yield _resigned("model.safetensors", struct.pack("<Q", len(text)) + text + b"\0" * 12)
+        yield resigned("model.safetensors", struct.pack("<Q", len(text)) + text + b"\0" * 12)
     for claim in (2**63, 2**40, 100 * 2**20):
-        yield _resigned("model.safetensors", struct.pack("<Q", claim) + b"{}")
-    yield _resigned("meta.json", b'{"states": {}, "states": {}}')
-    yield _resigned("meta.json", b"[" * 100_000)
-    yield _resigned("meta.json", b'{"states": NaN}')
-    yield _resigned("meta.json", b"\x80\x04.")
+        yield resigned("model.safetensors", struct.pack("<Q", claim) + b"{}")
+    yield resigned("meta.json", b'{"states": {}, "states": {}}')
+    yield resigned("meta.json", b"[" * 100_000)
+    yield resigned("meta.json", b'{"states": NaN}')
+    yield resigned("meta.json", b"\x80\x04.")
 
 
-def _resigned(name: str, content: bytes) -> Harm:
+def resigned(name: str, content: bytes) -> Harm:
     """Write a file and have the manifest vouch for it."""
 
     def harm(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import os
 import shutil
@@ -10,37 +11,61 @@ import socket
 import subprocess
 import sys
 import time
+import tracemalloc
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
 from engine.admin import Admin, bind
-from engine.checkpoint import Loaded
+from engine.checkpoint import CheckpointStore, Loaded
 from engine.daemon import Daemon
 from engine.errors import PolicyFileError, StorageError
 from engine.factory import build_model
+from engine.keeper import Keeper
 from engine.policyfile import load
+from streams.join import JoinStore
+from streams.join_format import read_frames
+from streams.journal import Journal, JournalError
 from tests.engine import test_admin as pages
+from tests.engine.cores import make_core
 from tests.engine.parts import memory
 from tests.engine.test_checkpoint_store import open_store, save
-from tests.hostile import checkpoints, policies, records, requests
+from tests.hostile import checkpoints, policies, records, requests, states
 
-CORPORA = {
+CORPORA: dict[str, Callable[[], Iterator[tuple[str, str | bytes]]]] = {
     "records": records.corpus,
     "policies": policies.corpus,
-    "checkpoints": checkpoints.corpus,
     "requests": requests.corpus,
 }
 
 
-def test_every_corpus_holds_a_hundred_different_inputs() -> None:
-    counts = {}
-    for name, corpus in CORPORA.items():
-        cases = dict(corpus())
-        counts[name] = len({repr(value) for value in cases.values()})
+def test_every_corpus_holds_a_hundred_different_inputs(tmp_path: Path) -> None:
+    counts = {name: len({value for _, value in corpus()}) for name, corpus in CORPORA.items()}
+    harmed = set()
+    for folder, _, harm in harmed_states(tmp_path):
+        harm(folder)
+        harmed.add(checkpoints.found(folder))
+    counts["checkpoints"] = len(harmed)
+    counts["states"] = len({(file, content) for _, file, content in states.corpus(*good_state(tmp_path / "made"))})
     print(f"hostile inputs: {counts}")
     assert min(counts.values()) >= 100
+
+
+def harmed_states(tmp_path: Path) -> Iterator[tuple[Path, str, checkpoints.Harm]]:
+    """The folder of a checkpoint in a state directory of its own, and what is to be done to it."""
+    first = open_store(tmp_path / "good")
+    first.lock()
+    save(first, 1)
+    first.close()
+    for number, (name, harm) in enumerate(checkpoints.corpus()):
+        state = tmp_path / f"state-{number}"
+        shutil.copytree(tmp_path / "good", state)
+        folder = next(state.glob("ckpt-*"))
+        shutil.copytree(folder, state / "copy")
+        yield folder, name, harm
+        shutil.rmtree(state)
 
 
 DECODE = """\
@@ -93,18 +118,10 @@ def test_no_hostile_policy_runs_and_each_is_told(tmp_path: Path, monkeypatch: py
 
 
 def test_no_hostile_checkpoint_is_loaded_or_starts_anything_anew(tmp_path: Path) -> None:
-    first = open_store(tmp_path / "good")
-    first.lock()
-    save(first, 1)
-    first.close()
     passed = []
-    for number, (name, harm) in enumerate(checkpoints.corpus()):
-        state = tmp_path / f"state-{number}"
-        shutil.copytree(tmp_path / "good", state)
-        folder = next(state.glob("ckpt-*"))
-        shutil.copytree(folder, state / "copy")
+    for folder, name, harm in harmed_states(tmp_path):
         harm(folder)
-        store = open_store(state)
+        store = open_store(folder.parent)
         store.lock()
         try:
             store.load(whole)
@@ -114,7 +131,6 @@ def test_no_hostile_checkpoint_is_loaded_or_starts_anything_anew(tmp_path: Path)
         else:
             passed.append(name)
         store.close()
-        shutil.rmtree(state)
     assert not passed
 
 
@@ -122,6 +138,65 @@ def whole(loaded: Loaded) -> None:
     """Read what the tensors of a checkpoint are, as a start does."""
     for part in ("model", "policy"):
         loaded.state(part)
+
+
+def good_state(state: Path) -> tuple[bytes, bytes, bytes]:
+    """Make a state directory; its waiting joins, its ``meta.json`` and its journal."""
+    with CheckpointStore(state, reserve_bytes=0) as store:
+        keeper = Keeper(store, Journal(state), "0" * 64)
+        states.write(keeper, state / "spill-0")
+        keeper.journal.close()
+    (folder,), (journal,) = state.glob("ckpt-*"), state.glob("journal-*.log")
+    return (folder / "join.bin").read_bytes(), (folder / "meta.json").read_bytes(), journal.read_bytes()
+
+
+def take_over(state: Path) -> JoinStore:
+    """Restore what is in a state directory, as a start does."""
+    core = make_core()
+    core.joins = states.keep_joins(state / "spill-0")
+    with CheckpointStore(state, reserve_bytes=0) as store:
+        keeper = Keeper(store, Journal(state), "0" * 64)
+        try:
+            keeper.restore(core)
+        finally:
+            core.joins.close()
+            keeper.journal.close()
+    return core.joins
+
+
+def test_the_state_that_hostile_ones_are_made_of_has_something_of_every_kind(tmp_path: Path) -> None:
+    joins, _, _ = good_state(tmp_path)
+    assert [kind for kind, _ in read_frames(io.BytesIO(joins))] == [b"S", b"R", b"D", b"B", b"F"]
+    restored = take_over(tmp_path)
+    assert (restored.early, restored.counts["joined"]) == (3, 2)
+
+
+def test_no_hostile_state_is_taken_over_or_takes_memory_for_what_it_claims(tmp_path: Path) -> None:
+    made = good_state(tmp_path / "good")
+    passed = []
+    tracemalloc.start()
+    for name, file, content in states.corpus(*made):
+        state = tmp_path / "state"
+        shutil.copytree(tmp_path / "good", state)
+        if file == "journal":
+            next(state.glob("journal-*.log")).write_bytes(content)
+        else:
+            checkpoints.resigned(file, content)(next(state.glob("ckpt-*")))
+        tracemalloc.reset_peak()
+        before, _ = tracemalloc.get_traced_memory()
+        try:
+            take_over(state)
+        except Exception as error:  # noqa: BLE001 - all others are told together
+            told = isinstance(error, StorageError | JournalError) and file in str(error)
+            if not told or "its hash differs" in str(error):
+                passed.append(f"{name}: {error!r}")
+        else:
+            passed.append(name)
+        if tracemalloc.get_traced_memory()[1] - before > 32 << 20:
+            passed.append(f"{name}: {tracemalloc.get_traced_memory()[1] - before} bytes")
+        shutil.rmtree(state)
+    tracemalloc.stop()
+    assert not passed
 
 
 async def speak(port: int, request: bytes) -> bytes:
