@@ -295,27 +295,6 @@ def test_a_slow_line_that_breaks_costs_time_and_neither_answers_nor_memory(
     assert found.keys() == names(count)
 
 
-def test_a_frozen_broker_is_waited_for_and_the_lag_is_seen_in_records_and_seconds(
-    topic: TopicFactory, sink: SinkFactory, daemons: Any, settings: KafkaSettings, broker: Node
-) -> None:
-    topics = Topics.make(topic)
-    events = sink(topics.data)
-    life = daemons(topics).start(extra={"request_timeout_ms": 6000})
-    send(events, small_events(0, 100))
-    life.until(lambda status: status["events"] == 100)
-    events.send(small_events(100, 100))
-    with broker.frozen():
-        time.sleep(2)
-        assert life.status()["events"] <= 200
-        assert json.loads(life.get("/livez"))["ok"]
-    events.flush(LIMIT)
-    life.until(lambda status: status["events"] == 200)
-    assert life.terminate() == 0, life.words
-    found, again = answers(settings, topics)
-    assert found.keys() == names(200)
-    assert again == 0
-
-
 def lagging(life: Process, name: str) -> dict[str, float]:
     """The series of a lag, by topic and partition."""
     found = {}
@@ -324,6 +303,47 @@ def lagging(life: Process, name: str) -> dict[str, float]:
             labels, _, value = line.rpartition(" ")
             found[labels] = float(value)
     return found
+
+
+def lag_of(life: Process, topic: str) -> tuple[float, float]:
+    """The lag of the one partition of a topic, in records and in seconds."""
+    found = [lagging(life, name) for name in ("lag_records", "lag_seconds")]
+    records, seconds = ([value for labels, value in one.items() if f'"{topic}"' in labels] for one in found)
+    return sum(records), sum(seconds)
+
+
+FREEZE_SECONDS = 3.0
+SOON_STUCK = f"import engine.admin; engine.admin.STUCK_SECONDS = {FREEZE_SECONDS / 2}"
+"""A daemon that a freeze keeps from polling, or from answering what it has, would be called stuck before its end."""
+
+
+def test_a_frozen_broker_is_waited_for_and_the_lag_is_seen_in_records_and_seconds(
+    topic: TopicFactory, sink: SinkFactory, daemons: Any, settings: KafkaSettings, broker: Node
+) -> None:
+    topics, count = Topics.make(topic), 2600
+    events = sink(topics.data)
+    life = daemons(topics, model=SLOW).start(before=SOON_STUCK, extra={"request_timeout_ms": 12_000})
+    send(events, small_events(0, 100))
+    life.until(lambda status: status["events"] == 100 and lag_of(life, topics.data) == (0, 0))
+    send(events, small_events(100, count - 200))  # far more than the model answers until the broker is thawed
+    life.until(lambda status: status["lag"][f"{topics.data}-0"] > 800 and lag_of(life, topics.data)[1] > 0)
+    with broker.frozen():
+        before, begun = lag_of(life, topics.data), life.status()["events"]
+        events.send(small_events(count - 100, 100))
+        time.sleep(FREEZE_SECONDS)
+        status, after = life.status(), lag_of(life, topics.data)
+        assert json.loads(life.get("/livez"))["ok"]
+    assert 100 <= begun < status["events"] < count - 100, "what the daemon has it answers, and no more is to be had"
+    assert 0 < after[0] <= count - 100 - begun, "no more than the broker had"
+    assert status["lag"][f"{topics.data}-0"] == after[0]
+    assert after[1] - before[1] > FREEZE_SECONDS / 2, "all waits for the model since one moment"
+    events.flush(LIMIT)
+    life.until(lambda status: status["events"] == count and lag_of(life, topics.data) == (0, 0))
+    assert life.status()["lag"][f"{topics.data}-0"] == 0
+    assert life.terminate() == 0, life.words
+    found, again = answers(settings, topics)
+    assert found.keys() == names(count)
+    assert again == 0
 
 
 def test_the_lag_is_exported_in_records_and_seconds_and_goes_with_the_partitions(

@@ -8,6 +8,7 @@ from kafka import KafkaAdminClient, TopicPartition
 from streams.base import Message, Record, StreamError
 from streams.clients import client_of, source_of
 from streams.kafka import KafkaSettings
+from tests.broker.daemons import committed
 from tests.broker.helpers import (
     LIMIT,
     AnySource,
@@ -290,9 +291,13 @@ def test_a_member_that_stops_polling_loses_its_partitions_and_commits_nothing(
         while admin.describe_groups([group])[group]["members"]:
             assert time.monotonic() < deadline, "a member that does not poll stays in its group"
             time.sleep(0.1)
+        reader.commit({(name, 0): 5})  # as it has not heard of its loss
         assert len(read(reader, 5)) == 5
         assert keeper.log == [("assigned", [(name, 0)]), ("lost", [(name, 0)]), ("assigned", [(name, 0)])]
-        assert reader.committed() == {}
+        assert not any(reader.poll(10, 0.5) for _ in range(5))  # and what has failed is not tried again
+        assert (reader.committed(), committed(admin, group)) == ({}, {})
+        reader.commit({(name, 0): 4})
+        poll_until([reader], lambda: committed(admin, group) == {(name, 0): 4})
     finally:
         reader.close()
 

@@ -112,10 +112,18 @@ class KafkaTrial:
         reached = committed(self.admin, self.topics.group)
         return f"not done in {LIMIT} s: {reached} of {self.ends}: {life.words[-2000:]}"
 
+    def _places(self) -> dict[str, str]:
+        """Where each event lies, by its id; what nobody can decode has the key ``bad``."""
+        lie = {}
+        for record in everything(self.settings, self.topics.data):
+            lie[record.key.decode()] = f"{record.topic}-{record.partition}-{record.offset}"
+        return lie
+
     def judge(self) -> Findings:
         found = Findings()
-        answers = [record.value for record in everything(self.settings, self.topics.predictions)]
-        verifier.check_answers(found, self.truth, answers)
+        answers = everything(self.settings, self.topics.predictions)
+        verifier.check_answers(found, self.truth, [record.value for record in answers])
+        verifier.check_headers(found, self._places(), [(record.headers, record.value) for record in answers])
         letters = [record.value for record in everything(self.settings, self.topics.dead_letters)]
         verifier.check_letters(found, self.truth, letters)
         verifier.check_state(found, self.truth, self.directory / "state", self.ends)

@@ -1,5 +1,7 @@
 """Kill the daemon at every failpoint and at random moments; it must end as if nothing had happened."""
 
+import hashlib
+import json
 import random
 import shutil
 import signal
@@ -9,6 +11,7 @@ from itertools import count
 from pathlib import Path
 
 import pytest
+from blake3 import blake3
 
 from tests.crash import workload
 from tests.crash.conftest import POLICIES, Budget, Tell
@@ -92,3 +95,26 @@ def test_the_verifier_sees_what_is_wrong(trials: Iterator[FileTrial]) -> None:
     found = trial.judge()
     assert (found.missing, found.duplicates, found.lost) == (3, 1, 1)
     assert found.different >= 1
+
+
+def test_the_verifier_sees_what_was_applied_twice(trials: Iterator[FileTrial]) -> None:
+    trial = next(trials)
+    assert not trial.wait(trial.start(""), None)
+    folder = max((trial.directory / "state").glob("ckpt-*"))
+    whole, listed = (folder / "meta.json").read_bytes(), (folder / "MANIFEST").read_bytes().splitlines()[0]
+
+    def forge(name: str, more: int) -> None:
+        meta, manifest = json.loads(whole), json.loads(listed)
+        meta["states"]["policy"]["core"]["counts"][name] += more
+        forged = json.dumps(meta).encode()
+        manifest["files"]["meta.json"]["blake3"] = blake3(forged).hexdigest()
+        body = json.dumps(manifest).encode() + b"\n"
+        (folder / "meta.json").write_bytes(forged)
+        (folder / "MANIFEST").write_bytes(body + hashlib.blake2b(body, digest_size=32).hexdigest().encode() + b"\n")
+
+    for name in ("events", "feedback", "labels"):
+        for more, expected in ((1, (0, 1)), (-1, (1, 0)), (0, (0, 0))):
+            forge(name, more)
+            found = trial.judge()
+            assert (found.lost, found.applied_twice, found.missing) == (*expected, 0), (name, more, found.problems)
+            assert sum(f" {name} of " in problem for problem in found.problems) == abs(more)

@@ -20,6 +20,8 @@ from tests.crash.workload import Workload
 
 _FRAME = struct.Struct("<cIII")
 
+Headers = Sequence[tuple[str, bytes]]
+
 
 @dataclass(frozen=True)
 class Truth:
@@ -156,6 +158,26 @@ def check_answers(found: Findings, truth: Truth, values: Iterable[bytes]) -> dic
     strange = answers.keys() - truth.ids
     found.say("different", len(strange), f"answers to {sorted(strange)[:5]}, which nobody sent")
     return answers
+
+
+def check_headers(found: Findings, places: Mapping[str, str], answers: Iterable[tuple[Headers, bytes]]) -> None:
+    """Every answer names the place of its record in its header, which readers tell repeats by, and repeats are equal.
+
+    Args:
+        found: Where to count.
+        places: Where each event lies, as ``topic-partition-offset``.
+        answers: Headers and values.
+    """
+    firsts: dict[str, tuple[Headers, bytes]] = {}  # by the id that a reader would compare
+    for headers, value in answers:
+        name = json.loads(value)["id"]
+        ids = [told.decode() for key, told in headers if key == "adaptd-id"]
+        if ids != [places.get(name)]:
+            found.say("different", 1, f"{name} lies at {places.get(name)} and was answered under {ids}")
+        for told in ids:
+            first = firsts.setdefault(told, (headers, value))
+            if first != (headers, value):
+                found.say("different", 1, f"under {told} there are {first!r} and {(headers, value)!r}")
 
 
 def check_letters(found: Findings, truth: Truth, values: Iterable[bytes]) -> None:
