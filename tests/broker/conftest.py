@@ -29,7 +29,7 @@ from tests.broker.helpers import (
     patiently,
     sink_on,
 )
-from tests.broker.node import BrokerMissingError, Node, jars
+from tests.broker.node import GUEST, GUEST_PASSWORD, BrokerMissingError, Node, jars
 
 HERE = Path(__file__).parent
 
@@ -166,3 +166,17 @@ def sink(settings: KafkaSettings) -> Iterator[SinkFactory]:
     yield make
     for one in opened:
         one.close()
+
+
+@pytest.fixture
+def as_guest(broker: Node, tmp_path: Path) -> list[str]:
+    (tmp_path / "guest").write_text(GUEST_PASSWORD)
+    section = {
+        "bootstrap_servers": f"localhost:{broker.secure_port}",
+        "security_protocol": "SASL_SSL",
+        "sasl_mechanism": "SCRAM-SHA-256",
+        "sasl_plain_username": GUEST,
+        "sasl_plain_password_file": tmp_path / "guest",
+        "ssl_cafile": broker.authority,
+    }
+    return [f"streams.kafka.{key}={value}" for key, value in section.items()]

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from kafka import KafkaAdminClient, TopicPartition
-from kafka.admin import ACL, ACLFilter, ACLOperation, ACLPermissionType, NewTopic, ResourcePattern, ResourceType
+from kafka.admin import NewTopic
 
 from streams.base import Message
 from streams.kafka import KafkaSettings
@@ -25,10 +25,12 @@ from tests.broker.daemons import (
     everything,
     send,
     small_events,
+    small_feedback,
 )
 from tests.broker.helpers import LIMIT, SinkFactory, TopicFactory, remade
-from tests.broker.node import GUEST, GUEST_PASSWORD, Node
+from tests.broker.node import Node
 from tests.broker.proxy import Proxy
+from tests.broker.rights import Rights, refused
 
 
 @pytest.fixture
@@ -42,15 +44,6 @@ def daemons(tmp_path: Path, bootstrap: str, client: str) -> Iterator[Any]:
     yield make
     for daemon in made:
         daemon.end()
-
-
-def refused(life: Process, code: int, *told: str) -> None:
-    """It ends with an exit code and a sentence, not with a stack trace."""
-    assert life.wait() == code, life.words
-    last = life.words.strip().splitlines()[-1]
-    assert last.startswith("adaptd: "), life.words
-    assert all(part in last for part in told), last
-    assert "Traceback" not in life.words
 
 
 def names(count: int) -> set[str]:
@@ -130,47 +123,6 @@ def test_a_topic_that_is_made_anew_while_the_daemon_reads_is_told(
 # -- rights -----------------------------------------------------------------------------------------------------------
 
 
-class Rights:
-    """What the guest may do."""
-
-    def __init__(self, admin: KafkaAdminClient, topics: Topics) -> None:
-        self._admin = admin
-        topic, group = ResourceType.TOPIC, ResourceType.GROUP
-        self.acls = {
-            "data": self._acl(topic, topics.data, ACLOperation.READ),
-            "feedback": self._acl(topic, topics.feedback, ACLOperation.READ),
-            "predictions": self._acl(topic, topics.predictions, ACLOperation.WRITE),
-            "dead_letters": self._acl(topic, topics.dead_letters, ACLOperation.WRITE),
-            "group": self._acl(group, topics.group, ACLOperation.READ),
-        }
-
-    def _acl(self, kind: ResourceType, name: str, operation: ACLOperation) -> ACL:
-        return ACL(f"User:{GUEST}", "*", operation, ACLPermissionType.ALLOW, ResourcePattern(kind, name))
-
-    def grant(self, *names: str) -> None:
-        assert not self._admin.create_acls([self.acls[name] for name in names])["failed"]
-
-    def withdraw(self, name: str) -> None:
-        acl = self.acls[name]
-        pattern = acl.resource_pattern
-        found = ACLFilter(acl.principal, acl.host, acl.operation, acl.permission_type, pattern)
-        self._admin.delete_acls([found])
-
-
-@pytest.fixture
-def as_guest(broker: Node, tmp_path: Path) -> list[str]:
-    (tmp_path / "guest").write_text(GUEST_PASSWORD)
-    section = {
-        "bootstrap_servers": f"localhost:{broker.secure_port}",
-        "security_protocol": "SASL_SSL",
-        "sasl_mechanism": "SCRAM-SHA-256",
-        "sasl_plain_username": GUEST,
-        "sasl_plain_password_file": tmp_path / "guest",
-        "ssl_cafile": broker.authority,
-    }
-    return [f"streams.kafka.{key}={value}" for key, value in section.items()]
-
-
 @pytest.mark.parametrize("missing", ["data", "feedback", "predictions", "dead_letters", "group"])
 def test_a_right_that_is_missing_at_the_start_is_told_and_with_it_the_daemon_works(
     topic: TopicFactory, sink: SinkFactory, daemons: Any, admin: KafkaAdminClient, as_guest: list[str], missing: str
@@ -186,7 +138,7 @@ def test_a_right_that_is_missing_at_the_start_is_told_and_with_it_the_daemon_wor
     assert life.terminate() == 0, life.words
 
 
-@pytest.mark.parametrize("withdrawn", ["data", "predictions", "dead_letters"])
+@pytest.mark.parametrize("withdrawn", ["data", "feedback", "predictions", "dead_letters", "group"])
 def test_a_right_that_is_withdrawn_ends_the_daemon_with_a_sentence_and_nothing_is_lost(
     topic: TopicFactory,
     sink: SinkFactory,
@@ -197,18 +149,21 @@ def test_a_right_that_is_withdrawn_ends_the_daemon_with_a_sentence_and_nothing_i
     withdrawn: str,
 ) -> None:
     topics = Topics.make(topic)
-    rights, daemon, events = Rights(admin, topics), daemons(topics), sink(topics.data)
+    rights, daemon, events, feedback = Rights(admin, topics), daemons(topics), sink(topics.data), sink(topics.feedback)
     rights.grant(*rights.acls)
     send(events, small_events(0, 20))
+    send(feedback, small_feedback(0, 20))
     life = daemon.start(*as_guest)
-    life.until(lambda status: status["events"] == 20)
+    life.until(lambda status: (status["events"], status["labels"]) == (20, 20))
     rights.withdraw(withdrawn)
     bad = [Message(b"bad", b"no event %d" % n) for n in range(3)]
     send(events, [*bad, *small_events(20, 20)])
+    send(feedback, small_feedback(20, 20))
     refused(life, 78, getattr(topics, withdrawn), "check the user and its ACLs")
     rights.grant(withdrawn)
     life = daemon.start(*as_guest)
-    life.until(lambda status: status["events"] == 40)
+    status = life.until(lambda status: (status["events"], status["labels"]) == (40, 40))
+    assert (status["joins"]["joined"], status["joins"]["duplicate"]) == (40, 0)
     assert life.terminate() == 0, life.words
     found, _ = answers(settings, topics)
     assert found.keys() == names(40)
