@@ -114,16 +114,20 @@ def broker(node: Node | None) -> Node:
 
 
 @pytest.fixture
-def topic(admin: KafkaAdminClient) -> TopicFactory:
-    """Make a topic with a name of its own: `topic(partitions=1, name="t", **configs)`."""
+def topic(admin: KafkaAdminClient, node: Node | None) -> Iterator[TopicFactory]:
+    """Make a topic with a name of its own: `topic(partitions=1, name="t", **configs)`; on a broker of others none stays."""
+    names: list[str] = []
 
     def make(partitions: int = 1, name: str = "t", **configs: str) -> str:
         unique = f"{name}-{uuid.uuid4().hex[:12]}"
         settings = {key.replace("_", "."): value for key, value in configs.items()}
         made(admin, NewTopic(unique, partitions, 1, topic_configs=settings))
+        names.append(unique)
         return unique
 
-    return make
+    yield make
+    if node is None and names:
+        admin.delete_topics(names)
 
 
 @pytest.fixture(params=CLIENTS)

@@ -9,6 +9,7 @@ import contextlib
 import json
 import logging
 import os
+import signal
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -112,6 +113,42 @@ def test_labels_find_their_events_where_a_partition_comes_back_that_a_later_life
     reached = ends(settings, topics.data, topics.feedback)
     status = life.until(lambda _: committed(admin, topics.group) == reached)
     assert (status["joins"]["joined"], status["joins"]["pending"]) == (count, 0)
+
+
+def test_a_daemon_that_stood_still_past_its_session_takes_no_commit_of_its_successor_back(
+    topic: TopicFactory, sink: SinkFactory, daemons: Any, settings: KafkaSettings, admin: KafkaAdminClient
+) -> None:
+    topics, count = Topics.make(topic, partitions=2), 200
+    events, feedback = sink(topics.data), sink(topics.feedback)
+    sleeper = daemons(topics, "sleeper").start(extra=MISSED_SOON)
+    send(events, small_events(0, count))
+    sleeper.until(lambda status: status["events"] == count)
+    send(events, small_events(count, count))
+    sleeper.send(signal.SIGSTOP)  # in the middle of answering these, or before
+    heir = daemons(topics, "heir").start(extra=MISSED_SOON)
+    send(feedback, small_feedback(0, 2 * count))
+    reached = ends(settings, topics.data, topics.feedback)
+    heir.until(lambda _: committed(admin, topics.group) == reached, LIMIT)
+    sleeper.send(signal.SIGCONT)
+    sleeper.until(lambda _: "partitions_lost" in sleeper.words, LIMIT)
+    status = sleeper.until(
+        lambda status: len(status["partitions"]) == 2 and not status["rebuilding"]["partitions"], LIMIT
+    )
+    in_vain = status["joins"]["joined"]  # labels that lay in its sockets: learned from once by each of the two
+    assert committed(admin, topics.group) == reached, "nothing of before is committed late"
+    send(events, small_events(2 * count, count))
+    send(feedback, small_feedback(2 * count, count))
+    reached = ends(settings, topics.data, topics.feedback)
+    heir.until(lambda _: committed(admin, topics.group) == reached, LIMIT)
+    joined = sum(life.status()["joins"]["joined"] for life in (sleeper, heir))
+    for life in (sleeper, heir):
+        assert life.terminate() == 0, life.words
+    given: dict[str, set[bytes]] = {}
+    for record in everything(settings, topics.predictions):
+        given.setdefault(record.key.decode(), set()).add(dict(record.headers)["adaptd-id"])
+    assert given.keys() == {f"e{n}" for n in range(3 * count)}
+    assert all(len(ids) == 1 for ids in given.values()), "an answer that comes again has the id of the first"
+    assert joined == 3 * count + in_vain
 
 
 class Member:
