@@ -115,7 +115,7 @@ def broker(node: Node | None) -> Node:
 
 @pytest.fixture
 def topic(admin: KafkaAdminClient, node: Node | None) -> Iterator[TopicFactory]:
-    """Make a topic with a name of its own: `topic(partitions=1, name="t", **configs)`; on a broker of others none stays."""
+    """Make a topic of its own name: `topic(partitions=1, name="t", **configs)`; on a broker of others none stays."""
     names: list[str] = []
 
     def make(partitions: int = 1, name: str = "t", **configs: str) -> str:

@@ -38,7 +38,7 @@ from tests.broker.helpers import LIMIT, AnySink, SinkFactory, TopicFactory
 
 CHURN_SECONDS = {
     mode: float(os.environ.get("ADAPTD_CHURN_SECONDS", default))
-    for mode, default in (("at_least_once", "120"), ("exactly_once", "40"))
+    for mode, default in (("at_least_once", "60"), ("exactly_once", "30"))
 }
 LABEL_COUNTS = ("joined", "late", "orphan", "overflow")
 

@@ -35,7 +35,7 @@ from tests.broker.daemons import (
 from tests.broker.helpers import LIMIT, SinkFactory, TopicFactory
 from tests.broker.node import Node
 
-OUTAGES = int(os.environ.get("ADAPTD_OUTAGES", "10"))
+OUTAGES = int(os.environ.get("ADAPTD_OUTAGES", "6"))
 PER_ROUND = 2000
 WARM = 3
 """Outages after which memory is looked at: queues and buffers have had what they may hold by then."""
