@@ -26,7 +26,7 @@ from engine.metrics import Metrics
 from engine.reader import Chunk, Reader
 from engine.runner import Runner
 from engine.saver import Saver
-from engine.writer import Outgoing, Writer
+from engine.writer import Writer
 from streams.base import Positions, StreamUnavailableError
 from streams.refusals import Refusals
 from streams.seams import CLOCK, failpoint
@@ -179,7 +179,7 @@ class Daemon:
             self.writer.answered = answered
             if not self.writer.transactional:
                 # What a checkpoint covers is out, though the process may have ended before it was committed.
-                self.writer.put(Outgoing(positions=dict(self.runner.positions)))
+                self.writer.put(self.runner.covered())
             if self.runner.keeper.saved_step is None:
                 await self.saver.save(wait=True)
         except BaseException as error:

@@ -54,6 +54,8 @@ class Holdings:
         self.start = dict(start)
         self._taken = dict(taken)
         self._parked: Positions = {}
+        self._once: Positions = {}
+        """What an earlier life had reached of partitions that this one was not given at first."""
         self._known: Positions = {}
         """What was committed when a partition came last: by an earlier life of ours it may be more than we have."""
 
@@ -79,7 +81,8 @@ class Holdings:
 
     def _reached(self, partition: Partition, otherwise: int) -> int:
         """The furthest position that we remember of a partition."""
-        return max(self.start.get(partition, otherwise), self._parked.get(partition, otherwise))
+        remembered = self.start, self._parked, self._once
+        return max(positions.get(partition, otherwise) for positions in remembered)
 
     def begin(self, partition: Partition, found: Found) -> Begin:
         """Decide where to read a partition, by what we remember and by what the source found.
@@ -96,6 +99,9 @@ class Holdings:
             return Begin(start, max(start, self._taken.get(partition, start)), anew=False)
         self.start.pop(partition, None)
         start, end = _floor(partition, found)
+        once = self._once.pop(partition, end)
+        if not found.theirs:
+            end = max(end, once)  # a life that was killed may have applied more than it had committed
         self._taken[partition] = end
         return Begin(start, end, anew=True)
 
@@ -103,7 +109,7 @@ class Holdings:
         """Forget a position that we had reached in a transaction that was lost: nobody has seen those answers."""
         out = found.earliest if found.committed is None else found.committed
         if self._reached(partition, out) > out:
-            for remembered in (self.start, self._parked, self._taken):
+            for remembered in (self.start, self._parked, self._taken, self._once):
                 remembered.pop(partition, None)
 
     def _stands(self, partition: Partition, found: Found) -> bool:
@@ -116,14 +122,16 @@ class Holdings:
         return partition in self.start and (not found.theirs or (taken is not None and found.committed == taken))
 
     def settle(self, ours: Collection[Partition]) -> None:
-        """Forget every partition that is not ours now: what waits of it is dropped, so nothing of it can go on.
+        """Have no partition go on that is not ours now: what waits of it is dropped.
 
         That is also so for one that an earlier life has worked on and this one was not given.
         """
-        for partition in {*self._parked, *self.start.keys() - set(ours)}:
-            self.start.pop(partition, None)
+        for partition in self._parked:
             self._taken.pop(partition, None)
         self._parked.clear()
+        for partition in self.start.keys() - set(ours):
+            self._once[partition] = self.start.pop(partition)
+            self._taken.pop(partition, None)
 
     def leave(self, partition: Partition, standing: Standing | None) -> None:
         """Let a partition go; without a standing nothing of it is remembered."""

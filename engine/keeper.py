@@ -24,7 +24,7 @@ from torch import Tensor
 from engine.checkpoint.disk import LocalDisk
 from engine.checkpoint.errors import BadCheckpointError
 from engine.checkpoint.folder import Loaded, Saved, load_folder, name_of
-from engine.checkpoint.positions import positions_of, taken_of
+from engine.checkpoint.positions import check_rest, positions_of, taken_of
 from engine.checkpoint.state import snapshot as copy_states
 from engine.checkpoint.store import CheckpointStore
 from engine.core import Core
@@ -134,11 +134,12 @@ class Keeper:
         """Refuse positions that are none, and weights that do not fit the model or are not finite."""
         positions_of(loaded.meta)
         taken_of(loaded.meta)
+        check_rest(loaded.meta)
         form = _form(core)
         for key, value in loaded.meta.get("form", form).items():
-            if value != form[key]:
+            if value != form.get(key):
                 raise StorageError(
-                    f"{key}: the state was made with {value}, the policy says {form[key]}; change it back, or start"
+                    f"{key}: the state was made with {value}, the policy says {form.get(key)}; change it back, or start"
                     " anew with --fresh, which keeps what is there in a folder aside-N"
                 )
         weights = loaded.state("model")

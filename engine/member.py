@@ -52,7 +52,7 @@ def _read(disk: Disk, file: Path) -> bytes | None:
     if disk.kind(file) is None:
         return None
     with disk.open(file) as raw:
-        return raw.read(_DIGITS + 1)
+        return raw.read(_DIGITS + 2).removesuffix(b"\n")  # as an editor leaves it
 
 
 def _make(disk: Disk, file: Path) -> str:

@@ -132,7 +132,8 @@ class Reader:
         self._left -= found.keys()
         committed = {p: at.committed for p, at in found.items() if at.committed is not None}
         begins = {partition: self._holdings.begin(partition, at) for partition, at in found.items()}
-        self._holdings.settle(self.partitions)
+        if self.shared:
+            self._holdings.settle(self.partitions)
         seen = seen_before(begins)
         self._rebuilding.update(seen)
         if self._running:

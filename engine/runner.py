@@ -182,6 +182,10 @@ class Runner:
         waiting = answers is not None or self.core.joins.pending > 0 or self.core.joins.early > 0
         return Outgoing(answers, bad, positions, floors=self.floors.of(positions, waiting=waiting))
 
+    def covered(self) -> Outgoing:
+        """Everything that a checkpoint covers, as it is when it has just been restored."""
+        return Outgoing(positions=dict(self.positions), floors=self.floors.of(self.positions, waiting=True))
+
     def _mark(self, cut: Cut) -> None:
         """Note where the records of a cut lie in time."""
         if not self.floors.kept:

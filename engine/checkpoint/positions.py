@@ -1,7 +1,8 @@
-"""Positions as ``meta.json`` holds them."""
+"""Positions, and what belongs to partitions, as ``meta.json`` holds it."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from engine.checkpoint.errors import BadCheckpointError
@@ -28,6 +29,41 @@ def taken_of(meta: dict[str, Any]) -> dict[tuple[str, int], int]:
     if not isinstance(membership, dict):
         raise BadCheckpointError("meta.json: membership is not an object")
     return _read(membership.get("taken", []), "membership.taken")
+
+
+def check_rest(meta: dict[str, Any]) -> None:
+    """Refuse marks of partitions, identities of streams and a form of inputs that are not what is ever written.
+
+    Raises:
+        BadCheckpointError: One of them is not.
+    """
+    for key in ("identities", "form"):
+        if not isinstance(meta.get(key, {}), dict):
+            raise BadCheckpointError(f"meta.json: {key} is not an object")
+    rows = meta.get("membership", {}).get("marks", [])
+    if not isinstance(rows, list):
+        raise BadCheckpointError("meta.json: membership.marks is not a list")
+    for at, row in enumerate(rows):
+        if not _marks(row):
+            raise BadCheckpointError(
+                f"meta.json: membership.marks[{at}] is not a stream, a partition, offsets, and a time for each"
+            )
+
+
+def _marks(row: Any) -> bool:
+    if not isinstance(row, list) or len(row) != 4 or not isinstance(row[0], str) or not _fits(row[1]):
+        return False
+    firsts, times = row[2:]
+    if not isinstance(firsts, list) or not isinstance(times, list) or len(firsts) != len(times):
+        return False
+    return all(map(_fits, firsts)) and all(map(_is_time, times))
+
+
+def _is_time(text: Any) -> bool:
+    try:
+        return not math.isnan(float.fromhex(text))
+    except (TypeError, ValueError, OverflowError):
+        return False
 
 
 def _read(rows: Any, name: str) -> dict[tuple[str, int], int]:

@@ -290,7 +290,6 @@ def test_a_frozen_broker_is_waited_for_and_the_lag_is_seen_in_records_and_second
         assert json.loads(life.get("/livez"))["ok"]
     assert 100 <= begun < status["events"] < count - 100, "what the daemon has it answers, and no more is to be had"
     assert 0 < after[0] <= count - 100 - begun, "no more than the broker had"
-    assert status["lag"][f"{topics.data}-0"] == after[0]
     assert after[1] - before[1] > FREEZE_SECONDS / 2, "all waits for the model since one moment"
     events.flush(LIMIT)
     life.until(lambda status: status["events"] == count and lag_of(life, topics.data) == (0, 0))

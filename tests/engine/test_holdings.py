@@ -59,6 +59,20 @@ def test_what_an_earlier_life_had_and_this_one_was_not_given_is_begun_anew() -> 
     assert holdings.begin(other, Found(0, 30, False, 10)) == Begin(10, 30, anew=True), "what waited of it is dropped"
 
 
+def test_what_an_earlier_life_had_applied_and_not_committed_counts_as_seen_unless_others_went_on() -> None:
+    holdings = Holdings({P: 70}, {})
+    holdings.settle([])
+    assert holdings.begin(P, Found(0, 50, False, 10)) == Begin(10, 70, anew=True)
+    holdings = Holdings({P: 70}, {})
+    holdings.settle([])
+    assert holdings.begin(P, Found(0, 50, True, 10)) == Begin(10, 50, anew=True)
+    exact = Holdings({P: 70}, {}, exact=True)
+    exact.settle([])
+    with pytest.raises(StreamError, match="has no offset of data-3"):
+        exact.check({P: Found(0)})
+    assert exact.begin(P, Found(0, 50, False, 10)) == Begin(10, 50, anew=True), "nobody has seen those answers"
+
+
 def test_a_partition_that_goes_in_the_middle_of_a_rebuild_commits_nothing() -> None:
     assert Standing({P: 30}, {P: 50}).done == {}
     assert Standing({P: 51}, {P: 50}).done == {P: 51}

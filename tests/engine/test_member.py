@@ -28,7 +28,7 @@ def test_a_name_that_cannot_be_read_or_kept_is_told(tmp_path: Path) -> None:
         member_of(tmp_path / "missing")
 
 
-@pytest.mark.parametrize("content", ["", "0" * 31, "0" * 33, "0" * 32 + "\n", "G" * 32, "\0" * 32])
+@pytest.mark.parametrize("content", ["", "0" * 31, "0" * 33, "0" * 31 + "\n", "G" * 32, "\0" * 32])
 def test_a_damaged_name_is_replaced_only_where_there_are_no_checkpoints(tmp_path: Path, content: str) -> None:
     (tmp_path / "member").write_text(content)
     name = member_of(tmp_path)
@@ -45,6 +45,11 @@ def test_a_damaged_name_is_replaced_only_where_there_are_no_checkpoints(tmp_path
     assert (tmp_path / "member").read_text() == content
     (tmp_path / "member").unlink()
     assert member_of(tmp_path) not in (name, content)
+
+
+def test_a_name_that_was_put_back_with_an_editor_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "member").write_text("0" * 32 + "\n")
+    assert member_of(tmp_path) == "0" * 32
 
 
 def begin(disk: MemoryDisk) -> None:

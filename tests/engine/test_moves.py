@@ -248,6 +248,20 @@ def finish(members: list[Member]) -> None:
             member.commit()
 
 
+def test_what_a_checkpoint_covers_is_committed_with_the_floors_of_what_waits() -> None:
+    cluster = Cluster()
+    member = Member("a", cluster)
+    member.give({0})
+    for _ in range(3):
+        cluster.event(0, 0.0)
+    member.read(("data", 0), 10)
+    member.work()
+    covered = member.runner.covered()
+    assert covered.positions[("data", 0)] > 0
+    assert covered.floors is not None
+    assert covered.floors[("data", 0)] == 0
+
+
 @settings(max_examples=150, deadline=None)
 @given(steps=st.builds(steps_of, st.integers(0, 2**32), st.integers(1, 150)))
 def test_every_label_is_learned_once_or_counted_wherever_its_partition_is(steps: list[Step]) -> None:

@@ -205,7 +205,18 @@ def _positions(meta: dict[str, Any]) -> Iterator[bytes]:
         yield json.dumps(meta | {"membership": {"taken": value}}).encode()
     yield json.dumps({key: value for key, value in meta.items() if key != "positions"}).encode()
     for value in (None, [], "x", 5):
-        yield json.dumps(meta | {"membership": value}).encode()
+        for key in ("membership", "identities", "form"):
+            yield json.dumps(meta | {key: value}).encode()
+    good = ["data", 0, [1], ["0x1p+0"]]
+    values: tuple[object, ...] = (None, 1.5, -1, "x", {}, [None], ["x"], [[]], [1, 2], ["nan"])
+    bent = [_bend(good, at, value) for at in range(4) for value in values if (at, value) != (0, "x")]
+    listed: list[Any] = [None, 5, {}, [1], [None], [[]], [good[:3]], [[*good, 1]], *([row] for row in bent)]
+    for marks in listed:
+        yield json.dumps(meta | {"membership": {"marks": marks}}).encode()
+
+
+def _bend(row: list[Any], at: int, value: object) -> list[Any]:
+    return [*row[:at], value, *row[at + 1 :]]
 
 
 def _journals(good: bytes) -> Iterator[bytes]:
