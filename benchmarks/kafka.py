@@ -219,6 +219,8 @@ def missing(bench: Bench) -> dict[str, str]:
         found["adaptd/confluent"] = (checked.stderr or checked.stdout).strip()[-300:]
     if subprocess.run([sys.executable, "-c", "import confluent_kafka"], capture_output=True, check=False).returncode:
         found |= dict.fromkeys(BARE["confluent"], "confluent-kafka is not installed")
+    if subprocess.run([sys.executable, "-c", "import orjson"], capture_output=True, check=False).returncode:
+        found |= dict.fromkeys(("kafka_python_orjson", "confluent_orjson"), "orjson is not installed")
     for name, module in zip(PEERS, ("quixstreams", "bytewax"), strict=True):
         if bench.options.peers is None:
             found[name] = "no interpreter was given with --peers"

@@ -84,6 +84,19 @@ class Holdings:
         remembered = self.start, self._parked, self._once
         return max(positions.get(partition, otherwise) for positions in remembered)
 
+    def begin_all(self, found: Mapping[Partition, Found]) -> dict[Partition, Begin]:
+        """Decide it for all partitions that came, as `begin` does.
+
+        Partitions of one number hold events and their labels. Where others have worked on one of them, they have joined
+        what waited of all, so none of that number goes on.
+        """
+        begins = {partition: self.begin(partition, at) for partition, at in found.items()}
+        theirs = {partition[1] for partition, begin in begins.items() if begin.anew and found[partition].theirs}
+        for partition, begin in begins.items():
+            if not begin.anew and partition[1] in theirs:
+                begins[partition] = self._anew(partition, found[partition], begin.start)
+        return begins
+
     def begin(self, partition: Partition, found: Found) -> Begin:
         """Decide where to read a partition, by what we remember and by what the source found.
 
@@ -97,11 +110,14 @@ class Holdings:
         if stands:
             start = self.start[partition]
             return Begin(start, max(start, self._taken.get(partition, start)), anew=False)
+        return self._anew(partition, found, self._once.pop(partition, 0))
+
+    def _anew(self, partition: Partition, found: Found, reached: int) -> Begin:
+        """Begin a partition at its floor; what we had ``reached`` of it counts as seen unless others went on."""
         self.start.pop(partition, None)
         start, end = _floor(partition, found)
-        once = self._once.pop(partition, end)
         if not found.theirs:
-            end = max(end, once)  # a life that was killed may have applied more than it had committed
+            end = max(end, reached)  # a life that was killed may have applied more than it had committed
         self._taken[partition] = end
         return Begin(start, end, anew=True)
 

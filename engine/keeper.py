@@ -24,7 +24,7 @@ from torch import Tensor
 from engine.checkpoint.disk import LocalDisk
 from engine.checkpoint.errors import BadCheckpointError
 from engine.checkpoint.folder import Loaded, Saved, load_folder, name_of
-from engine.checkpoint.positions import check_rest, positions_of, taken_of
+from engine.checkpoint.positions import check, positions_of
 from engine.checkpoint.state import snapshot as copy_states
 from engine.checkpoint.store import CheckpointStore
 from engine.core import Core
@@ -131,10 +131,8 @@ class Keeper:
 
     @staticmethod
     def _fits(loaded: Loaded, core: Core) -> None:
-        """Refuse positions that are none, and weights that do not fit the model or are not finite."""
-        positions_of(loaded.meta)
-        taken_of(loaded.meta)
-        check_rest(loaded.meta)
+        """Refuse positions and the like that are none, and weights that do not fit the model or are not finite."""
+        check(loaded.meta)
         form = _form(core)
         for key, value in loaded.meta.get("form", form).items():
             if value != form.get(key):

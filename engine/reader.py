@@ -131,7 +131,7 @@ class Reader:
         self.partitions = sorted({*self.partitions, *found})
         self._left -= found.keys()
         committed = {p: at.committed for p, at in found.items() if at.committed is not None}
-        begins = {partition: self._holdings.begin(partition, at) for partition, at in found.items()}
+        begins = self._holdings.begin_all(found)
         if self.shared:
             self._holdings.settle(self.partitions)
         seen = seen_before(begins)

@@ -19,28 +19,19 @@ def positions_of(meta: dict[str, Any]) -> dict[tuple[str, int], int]:
     return _read(meta.get("positions"), "positions")
 
 
-def taken_of(meta: dict[str, Any]) -> dict[tuple[str, int], int]:
-    """Return up to where others had worked on partitions that came from them.
-
-    Raises:
-        BadCheckpointError: It is not what is ever written.
-    """
-    membership = meta.get("membership", {})
-    if not isinstance(membership, dict):
-        raise BadCheckpointError("meta.json: membership is not an object")
-    return _read(membership.get("taken", []), "membership.taken")
-
-
-def check_rest(meta: dict[str, Any]) -> None:
-    """Refuse marks of partitions, identities of streams and a form of inputs that are not what is ever written.
+def check(meta: dict[str, Any]) -> None:
+    """Refuse positions, memberships, identities of streams and a form of inputs that are not what is ever written.
 
     Raises:
         BadCheckpointError: One of them is not.
     """
-    for key in ("identities", "form"):
+    for key in ("membership", "identities", "form"):
         if not isinstance(meta.get(key, {}), dict):
             raise BadCheckpointError(f"meta.json: {key} is not an object")
-    rows = meta.get("membership", {}).get("marks", [])
+    positions_of(meta)
+    membership = meta.get("membership", {})
+    _read(membership.get("taken", []), "membership.taken")
+    rows = membership.get("marks", [])
     if not isinstance(rows, list):
         raise BadCheckpointError("meta.json: membership.marks is not a list")
     for at, row in enumerate(rows):

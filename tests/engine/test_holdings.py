@@ -73,6 +73,19 @@ def test_what_an_earlier_life_had_applied_and_not_committed_counts_as_seen_unles
     assert exact.begin(P, Found(0, 50, False, 10)) == Begin(10, 50, anew=True), "nobody has seen those answers"
 
 
+def test_where_others_have_worked_on_one_partition_of_a_number_none_of_it_goes_on() -> None:
+    labels, other = ("feedback", 3), ("feedback", 4)
+    holdings = Holdings({P: 40, labels: 30, other: 20}, {})
+    found = {P: Found(0, 60, True, 10), labels: Found(0, 28, False, 5), other: Found(0, 20, False, 5)}
+    assert holdings.begin_all(found) == {
+        P: Begin(10, 60, anew=True),
+        labels: Begin(5, 30, anew=True),
+        other: Begin(20, 20, anew=False),
+    }
+    idle = Holdings({P: 40}, {})
+    assert idle.begin_all({P: Found(0, 40), labels: Found(0)})[P] == Begin(40, 40, anew=False), "nobody worked on it"
+
+
 def test_a_partition_that_goes_in_the_middle_of_a_rebuild_commits_nothing() -> None:
     assert Standing({P: 30}, {P: 50}).done == {}
     assert Standing({P: 51}, {P: 50}).done == {P: 51}

@@ -133,7 +133,7 @@ class Member:
     def give(self, numbers: set[int]) -> None:
         """What the group gives out, as `engine.reader` and `engine.handover` take it."""
         own = [p for p in PARTITIONS if p[1] in numbers]
-        begins = {p: self.holdings.begin(p, self.cluster.found(p, self.name)) for p in own}
+        begins = self.holdings.begin_all({p: self.cluster.found(p, self.name) for p in own})
         self.holdings.settle(own)
         left = [Run(*p, 0, 0, 0) for p in self.runner.positions if p not in own]
         self.cutter.move(Kind.LEFT, left)
@@ -246,6 +246,26 @@ def finish(members: list[Member]) -> None:
                 member.read(partition, 1000)
             member.work()
             member.commit()
+
+
+def test_a_label_that_came_before_its_event_is_learned_once_where_another_answered_that_while_we_were_away() -> None:
+    cluster = Cluster()
+    one, other = Member("a", cluster), Member("b", cluster)
+    one.give({0})
+    cluster.event(0, 0.0)
+    cluster.label(0, 0)
+    one.read(("feedback", 0), 10)
+    one.work()
+    one.restart()  # and the new life begins only below
+    other.give({0})
+    for partition in (("data", 0), ("feedback", 0)):
+        other.read(partition, 10)
+    other.work()
+    other.take()
+    assert other.learned.total() == 1
+    one.give({0})
+    finish([one])
+    assert one.learned.total() == 0
 
 
 def test_what_a_checkpoint_covers_is_committed_with_the_floors_of_what_waits() -> None:
