@@ -44,6 +44,7 @@ class Handover:
         self._daemon = daemon
         self.moved = False
         self._taken: set[Partition] = set()
+        self._back: set[Partition] = set()
         self._rebuilding = False
 
     def placed(self, chunk: Chunk) -> None:
@@ -56,7 +57,9 @@ class Handover:
             daemon.cutter.move(Kind.LEFT, left)
         if chunk.taken:
             daemon.cutter.move(Kind.TAKEN, chunk.taken)
-            self._taken.update((run.stream, run.partition) for run in chunk.taken)
+        taken = {(run.stream, run.partition) for run in chunk.taken}
+        self._taken |= taken
+        self._back = (self._back | set(chunk.assigned)) - taken
         daemon.cutter.assigned(chunk.assigned, chunk.seen)
         if chunk.seen:
             self._rebuilding = True
@@ -78,8 +81,14 @@ class Handover:
         return len(until), sum(max(0, end - positions.get(partition, end)) for partition, end in until.items())
 
     async def take_stock(self) -> None:
-        """After partitions came: let go of a replay that is about those of others. To be called between two batches."""
+        """After partitions came: let go of a replay that is about those of others. To be called between two batches.
+
+        Of those that came back and go on, what was out and could not be committed is committed now.
+        """
         self.moved = False
+        if self._back and not self._daemon.writer.transactional:
+            await self._daemon.on_model(self._daemon.writer.put, self._daemon.runner.covered(self._back))
+        self._back.clear()
         awaited = self._daemon.cutter.awaited()
         theirs = (self._theirs(awaited) | self._taken) & awaited
         self._taken.clear()
@@ -119,6 +128,7 @@ class Handover:
         daemon, deadline = self._daemon, CLOCK.monotonic() + within
         if lost:
             daemon.writer.lose(partitions)
+        self._back.difference_update(partitions)
         daemon.cutter.revoked(partitions)
         standing, closed = None, False
         with anyio.move_on_after(within):

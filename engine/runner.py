@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import cast
 
 import structlog
@@ -182,9 +182,10 @@ class Runner:
         waiting = answers is not None or self.core.joins.pending > 0 or self.core.joins.early > 0
         return Outgoing(answers, bad, positions, floors=self.floors.of(positions, waiting=waiting))
 
-    def covered(self) -> Outgoing:
-        """Everything that a checkpoint covers, as it is when it has just been restored."""
-        return Outgoing(positions=dict(self.positions), floors=self.floors.of(self.positions, waiting=True))
+    def covered(self, partitions: Collection[Partition] | None = None) -> Outgoing:
+        """Everything that was applied, of these partitions or of all, to be committed once it is out."""
+        positions = {p: at for p, at in self.positions.items() if partitions is None or p in partitions}
+        return Outgoing(positions=positions, floors=self.floors.of(positions, waiting=True))
 
     def _mark(self, cut: Cut) -> None:
         """Note where the records of a cut lie in time."""

@@ -35,6 +35,7 @@ class Shared(MemorySource):
         self._moves: queue.SimpleQueue[tuple[str, list[Partition]]] = queue.SimpleQueue()
         self._assignment: Assignment | None = None
         self.floors: Positions = {}
+        self.moved = 0
         self.ids: dict[str, str] = {}
 
     def identities(self) -> dict[str, str]:
@@ -64,6 +65,7 @@ class Shared(MemorySource):
                 {p: Found(0, self._committed.get(p), p in floors, floors.get(p)) for p in given}
             )
             self._positions |= {p: starts.get(p, self._committed.get(p, 0)) for p in given}
+            self.moved += 1
         return super().poll(max_records, min(timeout, 0.01))
 
 
@@ -471,6 +473,28 @@ async def test_partitions_that_are_given_up_and_come_straight_back_go_on_where_t
         await run(daemon, then(lambda daemon: events(daemon, 20), outage))
         assert daemon.core.counts["events"] == 24
     assert sorted(answered(sink)) == sorted(names(0, 24))
+
+
+async def test_what_was_out_of_partitions_that_were_lost_is_committed_once_they_are_back(tmp_path: Path) -> None:
+    source, sink = Shared(), Stuck()
+    fill(source, 0, 20)
+    source.move("give", ZERO, ONE)
+
+    async def outage(daemon: Daemon) -> None:
+        await until(lambda: source.committed() == {ZERO: 10, ONE: 10})
+        sink.stuck = True
+        fill(source, 20, 2)
+        await events(daemon, 22)
+        source.move("lose and back", ZERO, ONE)
+        await until(lambda: source.moved == 2)
+        assert source.committed() == {ZERO: 10, ONE: 10}
+        sink.stuck = False
+        await until(lambda: source.committed() == {ZERO: 11, ONE: 11})  # though no other record comes
+
+    with daemon_on(tmp_path, source, predictions=sink) as daemon:
+        daemon.readers[0]._patience = 0.05
+        await run(daemon, then(lambda daemon: events(daemon, 20), outage))
+    assert sorted(answered(sink)) == sorted(names(0, 22))
 
 
 @pytest.mark.parametrize("lost", [False, True])

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection
 from types import SimpleNamespace
 from typing import Any, cast
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
@@ -37,7 +38,7 @@ class Cluster:
     def __init__(self) -> None:
         self.logs: dict[Partition, list[Item]] = {partition: [] for partition in PARTITIONS}
         self.committed: dict[Partition, tuple[int, int | None, str]] = {}
-        self.events = 0
+        self.answered: Counter[str] = Counter()
         self.now = 0.0
 
     def record(self, partition: Partition) -> Record:
@@ -100,13 +101,17 @@ def small_core() -> Core:
 
 
 class Member:
-    """Cutter, core and runner of one daemon, driven by hand; its journal and its checkpoint are lists."""
+    """Cutter, core and runner of one daemon, driven by hand; its journal and its checkpoint are lists.
 
-    def __init__(self, name: str, cluster: Cluster) -> None:
-        self.name, self.cluster = name, cluster
+    With ``exact`` its answers are out with the positions that are committed, else as soon as they are made.
+    """
+
+    def __init__(self, name: str, cluster: Cluster, *, exact: bool = False) -> None:
+        self.name, self.cluster, self.exact = name, cluster, exact
         self.journal: list[Entry] = []
         self.learned: Counter[str] = Counter()
-        self.holdings = Holdings({}, {})
+        self.holdings = Holdings({}, {}, exact=exact)
+        self.due: dict[Partition, tuple[int, int, str]] = {}
         self.begin([], {})
 
     def begin(self, entries: list[Entry], start: Positions) -> None:
@@ -135,6 +140,10 @@ class Member:
         own = [p for p in PARTITIONS if p[1] in numbers]
         begins = self.holdings.begin_all({p: self.cluster.found(p, self.name) for p in own})
         self.holdings.settle(own)
+        self._cover([p for p, begin in begins.items() if not begin.anew])
+        for partition in self.due.keys() & own:
+            due = self.due.pop(partition)
+            self.cluster.committed[partition] = max(due, self.cluster.committed.get(partition, due))
         left = [Run(*p, 0, 0, 0) for p in self.runner.positions if p not in own]
         self.cutter.move(Kind.LEFT, left)
         self.cutter.move(Kind.TAKEN, [Run(*p, b.start, b.seen, 0) for p, b in begins.items() if b.anew])
@@ -142,11 +151,24 @@ class Member:
         self.cutter.assigned(own, self.seen)
         self.reading = {p: b.start for p, b in begins.items()}
 
-    def take(self) -> None:
-        """Partitions go, all of them, and come again with the next `give`."""
+    def _cover(self, partitions: Collection[Partition]) -> None:
+        """Have committed what is out already, once the partitions are here."""
+        covered = self.runner.covered(partitions)
+        floors = covered.floors or {}
+        if not self.exact:
+            self.due.update({p: (at, floors[p], self.name) for p, at in covered.positions.items()})
+
+    def take(self, *, lost: bool = False) -> None:
+        """Partitions go, all of them, and come again with the next `give`.
+
+        Where they are ``lost``, others have them already, and nothing of them is committed any more.
+        """
         self.cutter.revoked(self.reading)
         self.runner.apply(self.cutter.take_moves())
-        self.commit()
+        if lost and self.exact:
+            self.out.clear()
+        elif not lost:
+            self.commit()
         runner = self.runner
         own = list(self.reading)
         standing = Standing(
@@ -154,13 +176,16 @@ class Member:
             {p: runner.taken[p] for p in own if p in runner.taken},
         )
         for partition in own:
-            self.holdings.leave(partition, standing)
+            self.holdings.leave(partition, None if lost and self.exact else standing)
         self.reading = {}
+        self.commit()  # of what is not ours any more the answers are out, and no positions
 
-    def restart(self) -> None:
-        """A new life that begins with all that the one before had, given up cleanly."""
-        self.take()
-        self.holdings = Holdings(self.runner.positions, self.runner.taken)
+    def restart(self, *, lost: bool = False) -> None:
+        """A new life that begins with all that the one before had, given up cleanly or not at all."""
+        self.take(lost=lost)
+        self.holdings = Holdings(self.runner.positions, self.runner.taken, exact=self.exact)
+        self.due.clear()
+        self._cover(PARTITIONS)
         self.cutter = ArrivalCutter(KINDS, 3, [], max_delay=0.0)
         self.seen = {}
 
@@ -181,20 +206,28 @@ class Member:
             self.runner.apply([cut])
             most -= 1
 
-    def commit(self) -> None:
-        for out in self.out:
+    def commit(self, most: int = 1000) -> None:
+        committed = self.cluster.committed
+        for out in self.out[:most]:
+            for event in out.answers.events if out.answers is not None else ():
+                partition, offset = event.record[:2], event.record.offset
+                if not self.exact or (partition in self.reading and offset >= committed.get(partition, (0,))[0]):
+                    self.cluster.answered[event.id] += 1
             for partition, at in out.positions.items():
-                if at > self.cluster.committed.get(partition, (0, None, ""))[0] and partition in self.reading:
+                if at > committed.get(partition, (0,))[0] and partition in self.reading:
                     assert out.floors is not None
-                    self.cluster.committed[partition] = at, out.floors[partition], self.name
-        self.out.clear()
+                    committed[partition] = at, out.floors[partition], self.name
+        del self.out[:most]
 
 
 Step = tuple[str, int, Any]
 
 
-def steps_of(seed: int, count: int) -> list[Step]:
-    """A random life of the cluster: long enough that joins wait, move and meet their labels."""
+def steps_of(seed: int, count: int, lossy: int = 0) -> list[Step]:
+    """A random life of the cluster: long enough that joins wait, move and meet their labels.
+
+    Where it is ``lossy``, members lose partitions before all is committed.
+    """
     rng = random.Random(seed)
     most = rng.choice([4, 20])
     makers: list[tuple[int, Callable[[], Step]]] = [
@@ -203,9 +236,11 @@ def steps_of(seed: int, count: int) -> list[Step]:
         (4, lambda: ("read", rng.randrange(2), rng.randint(1, 8))),
         (2, lambda: ("read labels", rng.randrange(2), rng.randint(1, 8))),
         (6, lambda: ("work", rng.randrange(2), rng.randint(1, 4))),
-        (2, lambda: ("commit", rng.randrange(2), 0)),
+        (2, lambda: ("commit", rng.randrange(2), rng.choice([1, 2, 1000]))),
         (1, lambda: ("give", rng.randrange(4), 0)),
         (1, lambda: ("restart", rng.randrange(4), rng.randrange(2))),
+        (lossy, lambda: ("lose", rng.randrange(4), rng.randrange(2))),
+        (lossy, lambda: ("crash", rng.randrange(4), rng.randrange(2))),
     ]
     weights = [weight for weight, _ in makers]
     return [make() for _, make in rng.choices(makers, weights, k=count)]
@@ -232,10 +267,12 @@ def play(cluster: Cluster, members: list[Member], step: Step) -> None:
     elif what == "work":
         members[which].work(value)
     elif what == "commit":
-        members[which].commit()
+        members[which].commit(value)
     else:
-        if what == "restart":
-            members[value].restart()
+        if what in ("restart", "crash"):
+            members[value].restart(lost=what == "crash")
+        elif what == "lose":
+            members[value].take(lost=True)
         give(members, which)
 
 
@@ -311,3 +348,26 @@ def test_every_label_is_learned_once_or_counted_wherever_its_partition_is(steps:
         assert counted == 0
         assert not missed
     assert len(missed) <= counted + lost
+
+
+@pytest.mark.parametrize("exact", [False, True], ids=["at_least_once", "exactly_once"])
+@settings(max_examples=100, deadline=None)
+@given(steps=st.builds(steps_of, st.integers(0, 2**32), st.integers(1, 150), st.just(1)))
+def test_nothing_is_missing_where_partitions_are_lost_before_all_is_committed(steps: list[Step], exact: bool) -> None:
+    cluster = Cluster()
+    members = [Member(name, cluster, exact=exact) for name in "ab"]
+    play(cluster, members, ("give", 2, 0))
+    for step in steps:
+        play(cluster, members, step)
+    finish(members)
+    assert not any(member.cutter.rebuilding for member in members)
+    events = {cast("Event", item).id for n in NUMBERS for item in cluster.logs["data", n]}
+    labels = {cast("Feedback", item).id for n in NUMBERS for item in cluster.logs["feedback", n]}
+    assert cluster.answered.keys() == events
+    if exact:
+        assert set(cluster.answered.values()) <= {1}
+    for partition, log in cluster.logs.items():
+        assert not log or cluster.committed[partition][0] == log[-1].record.end
+    if cluster.now < WINDOW:
+        learned = members[0].learned + members[1].learned
+        assert not [name for name in labels & events if not learned[name]]
