@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaException, Message, TopicPartition
+from confluent_kafka import OFFSET_BEGINNING, OFFSET_END, Consumer, KafkaException, Message, TopicPartition
 
 from streams.base import Found, Partition, Positions, StreamError, StreamUnavailableError
 from streams.confluent_client import error_of
@@ -25,7 +25,7 @@ def look_up(
         return {}
     deadline = CLOCK.monotonic() + timeout
     asked = [TopicPartition(tp.topic, tp.partition, OFFSET_BEGINNING) for tp in partitions]
-    found = {(tp.topic, tp.partition): Found(tp.offset) for tp in _checked(consumer.offsets_for_times(asked, timeout))}
+    found = {partition: Found(earliest) for partition, earliest in _offsets(consumer, asked, timeout).items()}
     if not group:
         return found
     left = max(0.1, deadline - CLOCK.monotonic())
@@ -37,14 +37,18 @@ def look_up(
     return found
 
 
-def beginnings(consumer: Consumer, partitions: Iterable[Partition]) -> Positions:
-    """Return the first offset that each partition still has; empty if no broker tells it within two seconds."""
-    asked = [TopicPartition(*partition) for partition in partitions]
+def edges(consumer: Consumer, partitions: Iterable[Partition], *, last: bool, timeout: float) -> Positions:
+    """Return the first offset that each partition still has, or where it ends; empty if no broker tells it in time."""
+    asked = [TopicPartition(*partition, OFFSET_END if last else OFFSET_BEGINNING) for partition in partitions]
     try:
-        found = look_up(consumer, asked, group=False, member="", timeout=2.0)
+        return _offsets(consumer, asked, timeout)
     except KafkaException:
         return {}
-    return {partition: at.earliest for partition, at in found.items()}
+
+
+def _offsets(consumer: Consumer, asked: list[TopicPartition], timeout: float) -> Positions:
+    """What librdkafka calls times may be an end of the partition as well."""
+    return {(tp.topic, tp.partition): tp.offset for tp in _checked(consumer.offsets_for_times(asked, timeout))}
 
 
 def _checked(partitions: Sequence[TopicPartition]) -> Sequence[TopicPartition]:

@@ -9,7 +9,7 @@ heartbeats. So partitions are finished with inside the callback, and the group w
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 
@@ -29,11 +29,11 @@ from streams.confluent_commits import Commits
 from streams.confluent_config import consumer_config, session_seconds
 from streams.confluent_fetch import records
 from streams.confluent_places import Places
-from streams.confluent_placing import beginnings, out_of_range
+from streams.confluent_placing import edges, out_of_range
 from streams.confluent_transactions import Membership
 from streams.kafka_members import members_named
 from streams.seams import CLOCK
-from streams.topic_source import PLACING_TIMEOUT, TopicSource
+from streams.topic_source import BEGINNINGS_TIMEOUT, ENDS_TIMEOUT, PLACING_TIMEOUT, TopicSource
 
 _SESSION_MARGIN = 5.0
 """Seconds after the end of a session within which a group has let go of its member."""
@@ -63,6 +63,7 @@ class ConfluentSource(TopicSource):
             settings=self.settings,
         )
         self._flow = self._places.flow
+        self._paused = self._flow.paused
         self._next_probe = 0.0
         self._shut_out: float | None = None
 
@@ -155,7 +156,7 @@ class ConfluentSource(TopicSource):
 
         ``consume`` alone would wait until all of them are there or the time is over.
         """
-        if self._flow.paused.issuperset(self._topics):
+        if self._paused.issuperset(self._topics):
             most = 1  # for the callbacks alone; what comes has to be held
         places = self._places
         places.changed = False
@@ -177,11 +178,11 @@ class ConfluentSource(TopicSource):
 
     def pause(self, streams: Sequence[str]) -> None:
         """Give no more records of these topics; partitions assigned later are paused as well."""
-        self._flow.paused.update(streams)
+        self._paused.update(streams)
 
     def resume(self, streams: Sequence[str]) -> None:
         """Give records of these topics again."""
-        self._flow.paused.difference_update(streams)
+        self._paused.difference_update(streams)
 
     def _send_commits(self, consumer: Consumer) -> None:
         if not self._places.kept:
@@ -201,23 +202,27 @@ class ConfluentSource(TopicSource):
 
     def beginnings(self) -> Positions:
         """See `Source.beginnings`."""
-        return {} if self._consumer is None else beginnings(self._consumer, self._places.positions)
+        if self._consumer is None:
+            return {}
+        return edges(self._consumer, self._places.positions, last=False, timeout=BEGINNINGS_TIMEOUT)
 
-    def lag(self) -> dict[Partition, int]:
-        """Records between the position of `poll` and the end of each partition as of its last fetch."""
+    def _reached(self) -> Mapping[Partition, tuple[int, int]]:
         consumer = self._consumer
         if consumer is None:
             return {}
-        lags = {}
+        reached = {}
         try:
             for partition in self._places.positions:
                 _, end = consumer.get_watermark_offsets(TopicPartition(*partition), cached=True)
                 position = self.position(partition)
-                if end >= 0 and position is not None:
-                    lags[partition] = max(0, end - position)
+                if position is not None and (end >= 0 or partition[0] in self._paused):
+                    reached[partition] = position, end
         except KafkaException as error:  # as `poll` will tell it again, this is no place to fail
             self.last_error = explain(error)
-        return lags
+        return reached
+
+    def _ask_ends(self, partitions: Collection[Partition]) -> Positions:
+        return {} if self._consumer is None else edges(self._consumer, partitions, last=True, timeout=ENDS_TIMEOUT)
 
     def close(self) -> None:
         """Commit what is not committed yet, leave the group and disconnect, within ``settings.timeout`` seconds."""

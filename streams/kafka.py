@@ -7,7 +7,7 @@ position before the first poll that could read it, and an implicit "earliest" or
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from kafka import KafkaConsumer, TopicPartition, errors
@@ -15,13 +15,13 @@ from kafka import KafkaConsumer, TopicPartition, errors
 from streams.base import Assignment, Found, Partition, Positions, Record, StreamError, StreamUnavailableError
 from streams.kafka_client import as_stream_error, check_topics, connect, describe, explain, shut_out, unreachable
 from streams.kafka_commits import Commits
-from streams.kafka_fetch import beginnings, free_slot, gone, records
+from streams.kafka_fetch import edges, free_slot, gone, records
 from streams.kafka_note import found_beside
 from streams.kafka_rebalance import HandoverError, HandoverListener, check_together
 from streams.kafka_settings import KafkaSettings
 from streams.kafka_sink import KafkaClient, KafkaSink
 from streams.seams import CLOCK
-from streams.topic_source import GROWTH_INTERVAL, PLACING_TIMEOUT, TopicSource
+from streams.topic_source import BEGINNINGS_TIMEOUT, ENDS_TIMEOUT, GROWTH_INTERVAL, PLACING_TIMEOUT, TopicSource
 
 __all__ = ["KafkaClient", "KafkaSettings", "KafkaSink", "KafkaSource"]
 
@@ -49,7 +49,6 @@ class KafkaSource(TopicSource):
         self._assignment: Assignment | None = None
         self._owned: set[Partition] = set()
         self._unplaced: list[TopicPartition] = []
-        self._paused: set[str] = set()
         self._next_look = 0.0
 
     @property
@@ -147,24 +146,28 @@ class KafkaSource(TopicSource):
 
     def beginnings(self) -> Positions:
         """See `Source.beginnings`."""
-        return {} if self._consumer is None or self._unplaced else beginnings(self._consumer, self._owned)
+        if self._consumer is None or self._unplaced:
+            return {}
+        return edges(self._consumer, self._owned, last=False, timeout=BEGINNINGS_TIMEOUT)
 
-    def lag(self) -> dict[Partition, int]:
-        """Records between the position of `poll` and the end of each partition as of its last fetch."""
+    def _reached(self) -> Mapping[Partition, tuple[int, int]]:
         consumer = self._consumer
         if consumer is None or self._unplaced:
             return {}
-        lags = {}
+        reached = {}
         try:
             for partition in self._owned & {tuple(tp) for tp in consumer.assignment()}:
                 tp = TopicPartition(*partition)
                 end = consumer.highwater(tp)
                 position = consumer.position(tp, timeout_ms=0)
-                if end is not None and position is not None:
-                    lags[partition] = max(0, end - position)
+                if position is not None and (end is not None or tp.topic in self._paused):
+                    reached[partition] = position, end or 0
         except errors.KafkaError as error:  # as `poll` will raise it again, this is no place to fail
             self.last_error = explain(error)
-        return lags
+        return reached
+
+    def _ask_ends(self, partitions: Collection[Partition]) -> Positions:
+        return edges(self._consumer, partitions, last=True, timeout=ENDS_TIMEOUT)
 
     def close(self) -> None:
         """Commit what is not committed yet, leave the group and disconnect, within ``settings.timeout`` seconds."""

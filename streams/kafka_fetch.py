@@ -23,10 +23,11 @@ def free_slot(consumer: Any) -> None:
         fetcher._next_partition_records = None  # noqa: SLF001
 
 
-def beginnings(consumer: Any, partitions: Iterable[Partition]) -> Positions:
-    """Return the first offset that each partition still has; empty if no broker tells it within two seconds."""
+def edges(consumer: Any, partitions: Iterable[Partition], *, last: bool, timeout: float) -> Positions:
+    """Return the first offset that each partition still has, or where it ends; empty if no broker tells it in time."""
+    ask = consumer.end_offsets if last else consumer.beginning_offsets
     try:
-        found = consumer.beginning_offsets([TopicPartition(*p) for p in partitions], timeout_ms=2000)
+        found = ask([TopicPartition(*p) for p in partitions], timeout_ms=round(timeout * 1000))
     except errors.KafkaError:
         return {}
     return {(tp.topic, tp.partition): offset for tp, offset in found.items()}

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 from streams.base import Partition, Positions, StreamError
 from streams.group_commits import GroupCommits
 from streams.kafka_client import Topic
 from streams.kafka_settings import KafkaSettings
+from streams.seams import CLOCK
 
 PLACING_TIMEOUT = 2.0
 """Seconds that one `poll` may take to find out where newly assigned partitions start; the next one tries again."""
 
 GROWTH_INTERVAL = 60.0
 """Seconds between two looks for partitions that were added to a topic."""
+
+BEGINNINGS_TIMEOUT = 2.0
+"""Seconds that asking for the first offsets that are left may take."""
+
+ENDS_INTERVAL, ENDS_TIMEOUT, ENDS_BACKOFF = 2.0, 0.5, 10.0
+"""Seconds between two questions for the ends of partitions, that one may take, and until the next if it is in vain."""
 
 
 class TopicSource(ABC):
@@ -75,11 +82,27 @@ class TopicSource(ABC):
         self._shared = assignment == "group"
         self._consumer: Any = None
         self._identities: dict[str, str] = {}
+        self._paused: set[str] = set()
+        self._ends: Positions = {}
+        self._next_ends = 0.0
         self._set_up()
 
     @abstractmethod
     def _set_up(self) -> None:
         """Make what the client needs beside its consumer."""
+
+    @property
+    @abstractmethod
+    def trouble(self) -> str:
+        """See `streams.base.Source.trouble`."""
+
+    @abstractmethod
+    def _reached(self) -> Mapping[Partition, tuple[int, int]]:
+        """Where `poll` goes on in each partition, and its end as of its last fetch."""
+
+    @abstractmethod
+    def _ask_ends(self, partitions: Collection[Partition]) -> Positions:
+        """Ask the cluster where partitions end, for `ENDS_TIMEOUT` seconds at most; empty if it does not tell."""
 
     @property
     def streams(self) -> tuple[str, ...]:
@@ -119,6 +142,20 @@ class TopicSource(ABC):
     def committed(self) -> Positions:
         """The positions last committed for the partitions now assigned, as the cluster has confirmed them."""
         return dict(self.commits.stored)
+
+    def lag(self) -> dict[Partition, int]:
+        """Records between the position of `poll` and the end of each partition.
+
+        A client hears of the end with each fetch, and makes none of a partition that is paused, or of which it holds
+        enough. The cluster is asked for the end of those, every `ENDS_INTERVAL` seconds.
+        """
+        reached = self._reached()
+        now = CLOCK.monotonic()
+        if now >= self._next_ends and not self.trouble:
+            held = [p for p, (at, end) in reached.items() if end > at or p[0] in self._paused]
+            self._ends = self._ask_ends(held) if held else {}
+            self._next_ends = now + (ENDS_BACKOFF if held and not self._ends else ENDS_INTERVAL)
+        return {p: max(0, end - at, self._ends.get(p, 0) - at) for p, (at, end) in reached.items()}
 
     def identities(self) -> dict[str, str]:
         """The ids that the cluster gave the topics when they were made; known once open."""

@@ -86,16 +86,6 @@ def test_a_paused_topic_gives_nothing_while_the_other_flows(
     assert [record.offset for record in read(both, 5)] == [0, 1, 2, 3, 4]
 
 
-def test_lag_counts_what_is_left(topic: TopicFactory, source: Opened, sink: SinkFactory) -> None:
-    name = topic()
-    write(sink(name), 10)
-    reader = source(name)
-    assert len(reader.poll(4, LIMIT)) == 4
-    assert reader.lag() == {(name, 0): 6}
-    read(reader, 6)
-    assert reader.lag() == {(name, 0): 0}
-
-
 def test_a_missing_topic_is_refused_by_name(settings: KafkaSettings) -> None:
     with pytest.raises(StreamError, match="topic nowhere does not exist"):
         source_of(["nowhere"], settings).open(Keeper())
