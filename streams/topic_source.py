@@ -153,8 +153,9 @@ class TopicSource(ABC):
         now = CLOCK.monotonic()
         if now >= self._next_ends and not self.trouble:
             held = [p for p, (at, end) in reached.items() if end > at or p[0] in self._paused]
-            self._ends = self._ask_ends(held) if held else {}
-            self._next_ends = now + (ENDS_BACKOFF if held and not self._ends else ENDS_INTERVAL)
+            asked = self._ask_ends(held) if held else {}
+            self._ends.update(asked)
+            self._next_ends = now + (ENDS_INTERVAL if asked or not held else ENDS_BACKOFF)
         return {p: max(0, end - at, self._ends.get(p, 0) - at) for p, (at, end) in reached.items()}
 
     def identities(self) -> dict[str, str]:

@@ -283,14 +283,14 @@ def test_a_frozen_broker_is_waited_for_and_the_lag_is_seen_in_records_and_second
     send(events, small_events(100, count - 200))  # far more than the model answers until the broker is thawed
     life.until(lambda status: status["lag"][f"{topics.data}-0"] > 800 and lag_of(life, topics.data)[1] > 0)
     with broker.frozen():
-        before, begun = lag_of(life, topics.data), life.status()["events"]
+        begun = life.status()["events"]
         events.send(small_events(count - 100, 100))
         time.sleep(FREEZE_SECONDS)
         status, after = life.status(), lag_of(life, topics.data)
         assert json.loads(life.get("/livez"))["ok"]
     assert 100 <= begun < status["events"] < count - 100, "what the daemon has it answers, and no more is to be had"
     assert 0 < after[0] <= count - 100 - begun, "no more than the broker had"
-    assert after[1] - before[1] > FREEZE_SECONDS / 2, "all waits for the model since one moment"
+    assert after[1] >= FREEZE_SECONDS, "what is answered meanwhile was sent before"
     events.flush(LIMIT)
     life.until(lambda status: status["events"] == count and lag_of(life, topics.data) == (0, 0))
     assert life.status()["lag"][f"{topics.data}-0"] == 0

@@ -45,14 +45,19 @@ def test_lag_of_a_stream_that_was_paused_before_its_first_fetch_is_known(
 
 
 def test_while_the_broker_stands_still_the_lag_is_what_was_known_last(
-    topic: TopicFactory, source: Opened, sink: SinkFactory, broker: Node
+    topic: TopicFactory, source: Opened, sink: SinkFactory, broker: Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("streams.topic_source.ENDS_INTERVAL", 0.0)
+    monkeypatch.setattr("streams.topic_source.ENDS_BACKOFF", 0.0)
     name = topic()
-    write(sink(name), 10)
+    out = sink(name)
+    write(out, 10)
     reader = source(name)
     assert len(reader.poll(4, LIMIT)) == 4
+    write(out, 10)
+    poll_until([], lambda: reader.lag() == {(name, 0): 16})
     with broker.frozen():
-        assert reader.lag() == {(name, 0): 6}
-    write(sink(name), 10)
-    read(reader, 16)
+        assert len(reader.poll(6, LIMIT)) == 6
+        assert reader.lag() == {(name, 0): 10}
+    read(reader, 10)
     assert reader.lag() == {(name, 0): 0}
