@@ -83,6 +83,7 @@ class TopicSource(ABC):
         self._consumer: Any = None
         self._identities: dict[str, str] = {}
         self._paused: set[str] = set()
+        self._told: Positions = {}
         self._ends: Positions = {}
         self._next_ends = 0.0
         self._set_up()
@@ -147,15 +148,17 @@ class TopicSource(ABC):
         """Records between the position of `poll` and the end of each partition.
 
         A client hears of the end with each fetch, and makes none of a partition that is paused, or of which it holds
-        enough. The cluster is asked for the end of those, every `ENDS_INTERVAL` seconds.
+        enough. Where it has heard of none for `ENDS_INTERVAL` seconds, the cluster is asked.
         """
         reached = self._reached()
         now = CLOCK.monotonic()
         if now >= self._next_ends and not self.trouble:
             held = [p for p, (at, end) in reached.items() if end > at or p[0] in self._paused]
-            asked = self._ask_ends(held) if held else {}
+            silent = [p for p in held if self._told.get(p) == reached[p][1]]
+            asked = self._ask_ends(silent) if silent else {}  # waits behind a fetch under way
             self._ends.update(asked)
-            self._next_ends = now + (ENDS_INTERVAL if asked or not held else ENDS_BACKOFF)
+            self._told = {p: end for p, (_, end) in reached.items()}
+            self._next_ends = now + (ENDS_INTERVAL if asked or not silent else ENDS_BACKOFF)
         return {p: max(0, end - at, self._ends.get(p, 0) - at) for p, (at, end) in reached.items()}
 
     def identities(self) -> dict[str, str]:

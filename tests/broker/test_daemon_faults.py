@@ -275,7 +275,7 @@ SOON_STUCK = f"import engine.admin; engine.admin.STUCK_SECONDS = {FREEZE_SECONDS
 def test_a_frozen_broker_is_waited_for_and_the_lag_is_seen_in_records_and_seconds(
     topic: TopicFactory, sink: SinkFactory, daemons: Any, settings: KafkaSettings, broker: Node
 ) -> None:
-    topics, count = Topics.make(topic), 2600
+    topics, count = Topics.make(topic), 3400
     events = sink(topics.data)
     life = daemons(topics, model=SLOW).start(before=SOON_STUCK, extra={"request_timeout_ms": 12_000})
     send(events, small_events(0, 100))
