@@ -86,9 +86,9 @@ class Handover:
         Of those that came back and go on, what was out and could not be committed is committed now.
         """
         self.moved = False
-        if self._back and not self._daemon.writer.transactional:
-            await self._daemon.on_model(self._daemon.writer.put, self._daemon.runner.covered(self._back))
-        self._back.clear()
+        back, self._back = self._back, set()
+        if back and not self._daemon.writer.transactional:
+            await self._daemon.on_model(self._daemon.writer.put, self._daemon.runner.covered(back))
         awaited = self._daemon.cutter.awaited()
         theirs = (self._theirs(awaited) | self._taken) & awaited
         self._taken.clear()

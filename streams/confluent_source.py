@@ -206,7 +206,7 @@ class ConfluentSource(TopicSource):
             return {}
         return edges(self._consumer, self._places.positions, last=False, timeout=BEGINNINGS_TIMEOUT)
 
-    def _reached(self) -> Mapping[Partition, tuple[int, int]]:
+    def _reached(self) -> Mapping[Partition, tuple[int, int | None]]:
         consumer = self._consumer
         if consumer is None:
             return {}
@@ -215,8 +215,8 @@ class ConfluentSource(TopicSource):
             for partition in self._places.positions:
                 _, end = consumer.get_watermark_offsets(TopicPartition(*partition), cached=True)
                 position = self.position(partition)
-                if position is not None and (end >= 0 or partition[0] in self._paused):
-                    reached[partition] = position, end
+                if position is not None:
+                    reached[partition] = position, end if end >= 0 else None
         except KafkaException as error:  # as `poll` will tell it again, this is no place to fail
             self.last_error = explain(error)
         return reached

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from kafka import KafkaConsumer, TopicPartition, errors
@@ -15,7 +16,7 @@ from kafka import KafkaConsumer, TopicPartition, errors
 from streams.base import Assignment, Found, Partition, Positions, Record, StreamError, StreamUnavailableError
 from streams.kafka_client import as_stream_error, check_topics, connect, describe, explain, shut_out, unreachable
 from streams.kafka_commits import Commits
-from streams.kafka_fetch import edges, free_slot, gone, records
+from streams.kafka_fetch import edges, free_slot, gone, offsets, records
 from streams.kafka_note import found_beside
 from streams.kafka_rebalance import HandoverError, HandoverListener, check_together
 from streams.kafka_settings import KafkaSettings
@@ -89,7 +90,7 @@ class KafkaSource(TopicSource):
             self._consumer.subscribe(topics=self._topics, listener=self._listener)
             # Waits for the topics' metadata. A member that joins without it and becomes the leader gives everybody
             # nothing, only to start another rebalance when the metadata comes.
-            self._consumer.beginning_offsets(partitions, timeout_ms=round(self.settings.timeout * 1000))
+            offsets(self._consumer, partitions, last=False, timeout=self.settings.timeout)
             return
         self._next_look = CLOCK.monotonic() + GROWTH_INTERVAL
         self._consumer.assign(partitions)
@@ -150,7 +151,7 @@ class KafkaSource(TopicSource):
             return {}
         return edges(self._consumer, self._owned, last=False, timeout=BEGINNINGS_TIMEOUT)
 
-    def _reached(self) -> Mapping[Partition, tuple[int, int]]:
+    def _reached(self) -> Mapping[Partition, tuple[int, int | None]]:
         consumer = self._consumer
         if consumer is None or self._unplaced:
             return {}
@@ -158,10 +159,9 @@ class KafkaSource(TopicSource):
         try:
             for partition in self._owned & {tuple(tp) for tp in consumer.assignment()}:
                 tp = TopicPartition(*partition)
-                end = consumer.highwater(tp)
                 position = consumer.position(tp, timeout_ms=0)
-                if position is not None and (end is not None or tp.topic in self._paused):
-                    reached[partition] = position, end or 0
+                if position is not None:
+                    reached[partition] = position, consumer.highwater(tp)
         except errors.KafkaError as error:  # as `poll` will raise it again, this is no place to fail
             self.last_error = explain(error)
         return reached
@@ -235,7 +235,7 @@ class KafkaSource(TopicSource):
     def _place(self, timeout: float) -> None:
         """Give each new partition its start position; asks the cluster first, so that trying again is harmless."""
         consumer, partitions, milliseconds = self._consumer, self._unplaced, round(timeout * 1000)
-        earliest = consumer.beginning_offsets(partitions, timeout_ms=milliseconds)
+        earliest = offsets(consumer, partitions, last=False, timeout=timeout)
         found = {tuple(tp): Found(earliest[tp]) for tp in partitions}
         if self._group is not None:
             for tp in partitions:
@@ -271,10 +271,9 @@ class KafkaSource(TopicSource):
 
     def _out_of_range(self, error: Exception) -> StreamError:
         tp, offset = next(iter(error.args[0].items()))
-        milliseconds = round(self.settings.timeout * 1000)
+        ask = partial(offsets, self._consumer, [tp], timeout=self.settings.timeout)
         try:
-            earliest = self._consumer.beginning_offsets([tp], timeout_ms=milliseconds)[tp]
-            end = self._consumer.end_offsets([tp], timeout_ms=milliseconds)[tp]
+            earliest, end = ask(last=False)[tp], ask(last=True)[tp]
         except errors.KafkaError:
             return StreamUnavailableError(f"offset {offset} of {tp.topic}-{tp.partition} is out of range")
         if offset < earliest:

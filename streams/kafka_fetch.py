@@ -23,11 +23,27 @@ def free_slot(consumer: Any) -> None:
         fetcher._next_partition_records = None  # noqa: SLF001
 
 
-def edges(consumer: Any, partitions: Iterable[Partition], *, last: bool, timeout: float) -> Positions:
-    """Return the first offset that each partition still has, or where it ends; empty if no broker tells it in time."""
+def offsets(
+    consumer: Any, partitions: Sequence[TopicPartition], *, last: bool, timeout: float
+) -> dict[TopicPartition, int]:
+    """Ask for the first offset that each partition still has, or for where it ends, within ``timeout`` seconds.
+
+    Raises:
+        KafkaError: No broker tells it, or a partition has no leader: kafka-python asks for the others and does not find
+            it in the answer.
+    """
     ask = consumer.end_offsets if last else consumer.beginning_offsets
     try:
-        found = ask([TopicPartition(*p) for p in partitions], timeout_ms=round(timeout * 1000))
+        found: dict[TopicPartition, int] = ask(partitions, timeout_ms=round(timeout * 1000))
+    except KeyError as error:
+        raise errors.LeaderNotAvailableError(f"{error.args[0]} has no leader") from error
+    return found
+
+
+def edges(consumer: Any, partitions: Iterable[Partition], *, last: bool, timeout: float) -> Positions:
+    """Return what `offsets` does; empty if no broker tells it in time."""
+    try:
+        found = offsets(consumer, [TopicPartition(*p) for p in partitions], last=last, timeout=timeout)
     except errors.KafkaError:
         return {}
     return {(tp.topic, tp.partition): offset for tp, offset in found.items()}

@@ -21,7 +21,7 @@ GROWTH_INTERVAL = 60.0
 BEGINNINGS_TIMEOUT = 2.0
 """Seconds that asking for the first offsets that are left may take."""
 
-ENDS_INTERVAL, ENDS_TIMEOUT, ENDS_BACKOFF = 2.0, 0.5, 10.0
+ENDS_INTERVAL, ENDS_TIMEOUT, ENDS_BACKOFF = 2.0, 1.0, 10.0
 """Seconds between two questions for the ends of partitions, that one may take, and until the next if it is in vain."""
 
 
@@ -83,7 +83,7 @@ class TopicSource(ABC):
         self._consumer: Any = None
         self._identities: dict[str, str] = {}
         self._paused: set[str] = set()
-        self._told: Positions = {}
+        self._told: dict[Partition, int | None] = {}
         self._ends: Positions = {}
         self._next_ends = 0.0
         self._set_up()
@@ -98,8 +98,8 @@ class TopicSource(ABC):
         """See `streams.base.Source.trouble`."""
 
     @abstractmethod
-    def _reached(self) -> Mapping[Partition, tuple[int, int]]:
-        """Where `poll` goes on in each partition, and its end as of its last fetch."""
+    def _reached(self) -> Mapping[Partition, tuple[int, int | None]]:
+        """Where `poll` goes on in each partition, and its end as of its last fetch; None where there was none."""
 
     @abstractmethod
     def _ask_ends(self, partitions: Collection[Partition]) -> Positions:
@@ -145,21 +145,30 @@ class TopicSource(ABC):
         return dict(self.commits.stored)
 
     def lag(self) -> dict[Partition, int]:
-        """Records between the position of `poll` and the end of each partition.
+        """Records between the position of `poll` and the end of each partition, if known.
 
         A client hears of the end with each fetch, and makes none of a partition that is paused, or of which it holds
-        enough. Where it has heard of none for `ENDS_INTERVAL` seconds, the cluster is asked.
+        enough. Where more may have come, and the end has stayed the same for `ENDS_INTERVAL` seconds, it is asked for.
         """
         reached = self._reached()
+        self._look_for_ends(reached)
+        lags = {}
+        for partition, (at, end) in reached.items():
+            known = [it for it in (end, self._ends.get(partition)) if it is not None]
+            if known:
+                lags[partition] = max(0, max(known) - at)
+        return lags
+
+    def _look_for_ends(self, reached: Mapping[Partition, tuple[int, int | None]]) -> None:
         now = CLOCK.monotonic()
-        if now >= self._next_ends and not self.trouble:
-            held = [p for p, (at, end) in reached.items() if end > at or p[0] in self._paused]
-            silent = [p for p in held if self._told.get(p) == reached[p][1]]
-            asked = self._ask_ends(silent) if silent else {}  # waits behind a fetch under way
-            self._ends.update(asked)
-            self._told = {p: end for p, (_, end) in reached.items()}
-            self._next_ends = now + (ENDS_INTERVAL if asked or not silent else ENDS_BACKOFF)
-        return {p: max(0, end - at, self._ends.get(p, 0) - at) for p, (at, end) in reached.items()}
+        if now < self._next_ends or self.trouble:
+            return
+        behind = [p for p, (at, end) in reached.items() if end is None or end > at or p[0] in self._paused]
+        silent = [p for p in behind if p in self._told and self._told[p] == reached[p][1]]
+        asked = self._ask_ends(silent) if silent else {}  # waits behind a fetch under way
+        self._ends.update(asked)
+        self._told = {p: end for p, (_, end) in reached.items()}
+        self._next_ends = now + (ENDS_INTERVAL if asked or not silent else ENDS_BACKOFF)
 
     def identities(self) -> dict[str, str]:
         """The ids that the cluster gave the topics when they were made; known once open."""

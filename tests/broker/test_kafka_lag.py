@@ -18,8 +18,9 @@ def test_lag_counts_what_is_left(topic: TopicFactory, source: Opened, sink: Sink
 
 @pytest.mark.parametrize("paused", [True, False], ids=["paused", "held by the client"])
 def test_lag_grows_with_what_comes_while_nothing_is_fetched(
-    topic: TopicFactory, source: Opened, sink: SinkFactory, paused: bool
+    topic: TopicFactory, source: Opened, sink: SinkFactory, monkeypatch: pytest.MonkeyPatch, paused: bool
 ) -> None:
+    monkeypatch.setattr("streams.confluent_fetch.HELD_RECORDS", 1)
     name = topic()
     out = sink(name)
     write(out, 10)
@@ -27,7 +28,10 @@ def test_lag_grows_with_what_comes_while_nothing_is_fetched(
     assert len(reader.poll(4, LIMIT)) == 4
     if paused:
         reader.pause([name])
-    write(out, 10)
+    write(out, 1)
+    if paused:
+        assert [reader.poll(500, 0.1) for _ in range(10)] == 10 * [[]]  # librdkafka is stopped once it has given more
+    write(out, 9)
     poll_until([reader] if paused else [], lambda: reader.lag() == {(name, 0): 16})
     reader.resume([name])
     read(reader, 16)
